@@ -1,0 +1,50 @@
+# Everything happens in .venv, a virtual environment in the project's root.
+
+BIN := .venv/bin
+JOBS ?= 2
+
+# True of a Python that is new enough and can make a virtual environment with pip in it.
+USABLE := import sys; assert sys.version_info >= (3, 11); import ensurepip, venv
+
+# The first usable one; plain python3 if there is none, and `install` then says what to do.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	"$$python" -c '$(USABLE)' 2>/dev/null && { echo "$$python"; exit; }; done; echo python3)
+
+.PHONY: help install test demo clean
+
+help:
+	@echo 'make install   put vqlm, editable, with all it needs into .venv'
+	@echo 'make demo      train, evaluate and sample a small model on the CPU'
+	@echo 'make test      format, lint and type checks, then the tests, on JOBS=$(JOBS) processes'
+	@echo 'make clean     remove .venv, the caches and the build leftovers'
+	@echo
+	@echo 'PYTHON=python3.12 chooses the Python of a new .venv; it must be 3.11 or newer.'
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@python='$(PYTHON)'; "$$python" -c '$(USABLE)' 2>/dev/null || { \
+	  echo "vqlm needs Python 3.11 or newer, with its venv and ensurepip modules." >&2; \
+	  echo "Got PYTHON=$$python: $$("$$python" --version 2>&1 | head -n 1)" >&2; \
+	  echo "Install one and name it: make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)" >&2; \
+	  echo "(Debian and Ubuntu keep these modules in the package python3-venv.)" >&2; \
+	  exit 1; }
+	@# An environment without pip is what an interrupted run leaves behind: start it over.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  echo "making .venv with $(PYTHON)"; "$(PYTHON)" -m venv --clear .venv; }
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# One thread per process: torch's own threads would fight over the cores with the JOBS processes.
+test: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+demo: install
+	$(BIN)/vqlm demo
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find vqlm tests -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,214 @@
+"""VQ-attention against its quadratic oracle: outputs, gradients, splits, boundaries, padding."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from vqlm.codebook import Codebook, Quantized
+from vqlm.config import LMConfig
+from vqlm.layers import RelativeBias
+from vqlm.reference import vq_attention_quadratic
+from vqlm.segments import Segments
+from vqlm.vq import VQAttention, VQState, initial_state, vq_attention
+
+BATCH, K, V, S = 2, 7, 11, 5
+HEADS = {"single": (1, 1), "multi-query": (3, 1), "grouped": (4, 2), "multi-head": (3, 3)}
+EXACT = {"atol": 1e-10, "rtol": 1e-10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    heads: str
+    window: int
+    block: int
+    n_token: int
+    cache: bool
+    cache_grad: bool
+    document_starts: tuple[int, ...]
+    cuts: tuple[int, ...]
+    seed: int
+
+    @property
+    def config(self) -> LMConfig:
+        n_head, groups = HEADS[self.heads]
+        return LMConfig(
+            d_model=6, n_head=n_head, n_kv_head=groups, d_k=K, d_v=V, n_code=S,
+            window=self.window, block=self.block, cache=self.cache, cache_grad=self.cache_grad,
+        )  # fmt: skip
+
+    def tensors(self) -> dict[str, Tensor]:
+        torch.manual_seed(self.seed)
+        (n_head, groups), n_token = HEADS[self.heads], self.n_token
+        shapes = dict(
+            q=(BATCH, n_head, n_token, K), k=(BATCH, groups, n_token, K),
+            v=(BATCH, groups, n_token, V), u=(n_head, K), w=(n_head, K),
+            rows=(n_head, self.window + 1, K),
+        )  # fmt: skip
+        made = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        return {name: x.requires_grad_() for name, x in made.items()}
+
+    def codebook(self) -> Codebook:
+        torch.manual_seed(self.seed + 1)
+        book = Codebook(HEADS[self.heads][1], S, K).double()
+        book.key_sum.copy_(torch.randn_like(book.key_sum))
+        return book
+
+    def starts(self) -> Tensor:
+        """Document starts; the second row has its own, so that rows can't be confused."""
+        starts = torch.zeros(BATCH, self.n_token, dtype=torch.bool)
+        for t in self.document_starts:
+            if t < self.n_token:
+                starts[0, t] = True
+                starts[1, (t * 3 + 1) % self.n_token] = True
+        return starts
+
+    def call_starts(self) -> list[int]:
+        return [0, *sorted({c for c in self.cuts if 0 < c < self.n_token})]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    n_token = draw(st.integers(1, 23))
+    times = st.lists(st.integers(0, 22), max_size=3).map(tuple)
+    return Case(
+        draw(st.sampled_from(list(HEADS))), draw(st.integers(1, 9)), draw(st.integers(1, 9)),
+        n_token, draw(st.booleans()), draw(st.booleans()), draw(times), draw(times),
+        draw(st.integers(0, 999)),
+    )  # fmt: skip
+
+
+def quantize(case: Case, book: Codebook, k: Tensor) -> tuple[Quantized, Tensor]:
+    codes = book.codes()
+    return book(k, codes, torch.ones(1, k.shape[2], dtype=torch.bool)), codes
+
+
+def run_fast(case: Case, x: dict[str, Tensor], state: VQState | None = None) -> Tensor:
+    book = case.codebook()
+    keys, codes = quantize(case, book, x["k"])
+    state = initial_state(case.config, BATCH, x["q"]) if state is None else state
+    bias = RelativeBias(x["u"], x["w"], x["rows"])
+    bounds = [*case.call_starts(), case.n_token]
+    outputs = []
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        cut = slice(begin, end)
+        part = Quantized(keys.code[:, :, cut], keys.key[:, :, cut], keys.commitment, None)
+        y, state = vq_attention(
+            x["q"][:, :, cut], part, x["v"][:, :, cut], codes, bias, state,
+            Segments.of(starts=case.starts()[:, cut]), block=case.block,
+            cache_grad=case.cache_grad,
+        )  # fmt: skip
+        outputs.append(y)
+    return torch.cat(outputs, 2)
+
+
+def run_oracle(case: Case, x: dict[str, Tensor]) -> Tensor:
+    bounds = [*case.call_starts(), case.n_token]
+    blocks = [b for lo, hi in zip(bounds, bounds[1:], strict=False)
+              for b in range(lo, hi, case.block)]  # fmt: skip
+    return vq_attention_quadratic(
+        x["q"], x["k"], x["v"], case.codebook().codes(), (x["u"], x["w"], x["rows"]),
+        case.starts().cumsum(1), blocks, case.cache, case.cache_grad,
+    )  # fmt: skip
+
+
+def output_and_gradients(run: Callable[..., Tensor], case: Case) -> tuple[Tensor, ...]:
+    x = case.tensors()
+    y = run(case, x)
+    torch.manual_seed(case.seed + 2)
+    grads = torch.autograd.grad(
+        y, list(x.values()), torch.randn_like(y), allow_unused=True, materialize_grads=True
+    )
+    return (y, *grads)
+
+
+@given(cases())
+def test_equals_quadratic_oracle_with_gradients(case: Case) -> None:
+    """Outputs and gradients of q, k, v, u, w, r, for any shapes, boundaries and cuts into calls."""
+    assert_close(
+        output_and_gradients(run_fast, case), output_and_gradients(run_oracle, case), **EXACT
+    )
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache_grad", [True, False])
+@pytest.mark.parametrize("documents", [(), (6, 13)])
+@pytest.mark.parametrize(
+    ("n_token", "window", "block"),
+    [(1, 4, 4), (3, 4, 5), (17, 4, 4), (19, 3, 6), (19, 6, 3), (23, 1, 7)],
+)
+def test_every_combination(
+    heads: str, cache: bool, cache_grad: bool, documents: tuple[int, ...], n_token: int,
+    window: int, block: int,
+) -> None:
+    """The full grid by hand, so that no combination is left to chance."""
+    case = Case(heads, window, block, n_token, cache, cache_grad, documents, (), 0)
+    assert_close(
+        output_and_gradients(run_fast, case), output_and_gradients(run_oracle, case), **EXACT
+    )
+
+
+def test_block_decides_key_gradients_but_not_outputs() -> None:
+    small = Case("multi-head", 4, 2, 19, True, True, (), (), 3)
+    large = dataclasses.replace(small, block=8)
+    y_small, y_large = (output_and_gradients(run_fast, c) for c in (small, large))
+    assert_close(y_small[0], y_large[0], **EXACT)
+    assert_close(y_small[3], y_large[3], **EXACT)  # values
+    assert not torch.allclose(y_small[2], y_large[2])  # keys
+
+
+def test_codebook_of_all_keys_is_softmax_attention() -> None:
+    """When every key is its own code nothing is lost: k_hat = k."""
+    case = Case("multi-head", 4, 4, 13, True, True, (), (), 5)
+    x = case.tensors()
+    q, k, v = x["q"][:1], x["k"][:1], x["v"][:1]
+    codes = k[0].detach()
+    book = Codebook(3, 13, K).double()
+    book.key_sum.copy_(codes)
+    keys = book(k, codes, torch.ones(1, 13, dtype=torch.bool))
+    config = dataclasses.replace(case.config, n_code=13)
+    bias = RelativeBias(*(torch.zeros_like(x[n]) for n in ("u", "w", "rows")))
+    y, _ = vq_attention(q, keys, v, codes, bias, initial_state(config, 1, q), block=4)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    assert_close(y, want, **EXACT)
+
+
+def test_state_is_not_changed_behind_the_caller() -> None:
+    torch.manual_seed(0)
+    mixer = VQAttention(Case("grouped", 4, 4, 9, True, True, (), (), 0).config).double()
+    _, state, _ = mixer(torch.randn(2, 9, 6, dtype=torch.float64))
+    before = [x.clone() for x in state]
+    first = mixer(torch.randn(2, 7, 6, dtype=torch.float64), state)[1]
+    assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+    assert not torch.equal(first.value_sum, state.value_sum)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_causality_by_jacobian_and_its_converse(cache: bool) -> None:
+    """Nothing from the future; and with the cache the past matters beyond the window."""
+    torch.manual_seed(1)
+    config = LMConfig(
+        d_model=6, n_head=2, d_k=K, d_v=V, n_code=S, window=3, block=2, cache=cache, layer="gau"
+    )
+    mixer = VQAttention(config).double()
+    x = torch.randn(1, 17, 6, dtype=torch.float64)
+    full = torch.autograd.functional.jacobian(lambda x: mixer(x)[0].sum(-1)[0], x)
+    jacobian = full[:, 0].abs().sum(-1)  # [T, T]
+    assert_close(jacobian, jacobian.tril(), atol=1e-12, rtol=0)
+    assert (jacobian.diagonal() > 0).all()
+    beyond = jacobian.tril(-(3 + 2 + 1))
+    assert bool(beyond.any()) == cache
+
+
+def test_window_mismatch_is_refused() -> None:
+    case = Case("single", 4, 4, 5, True, True, (), (), 0)
+    x = case.tensors()
+    other = initial_state(dataclasses.replace(case.config, window=6), BATCH, x["q"])
+    with pytest.raises(ValueError, match="window of 6 wants 7"):
+        run_fast(case, x, other)

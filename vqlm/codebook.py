@@ -1,0 +1,206 @@
+"""Vector quantization of keys: nearest code, straight-through, statistics, and learning.
+
+``Codebook.forward`` changes nothing.  It returns what was seen as ``CodeStats``; the training loop
+merges these over micro-batches and calls ``update_`` once per optimizer step, so activation
+checkpointing and gradient accumulation leave the codebook as one plain step would.
+Axes: B batch, G key-value head, T time, S codes, K key width, R sampled keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+COUNT_FLOOR = 0.01
+"""Least count that a sum of keys is divided by (the official implementation's)."""
+
+SAMPLES_PER_ROW = 16
+"""Keys of each row kept in the statistics as candidates for re-seeding."""
+
+KMEANS_STEPS = 12
+"""Lloyd iterations of the initialisation from data."""
+
+
+class CodeStats(NamedTuple):
+    """Sums over the tokens of one or more calls; mergeable, never averaged."""
+
+    key_count: Float[Tensor, "G S"]
+    """Keys assigned to each code."""
+    key_sum: Float[Tensor, "G S K"]
+    """Their sum."""
+    error: Float[Tensor, " G"]
+    """Sum of |k - code|^2."""
+    energy: Float[Tensor, " G"]
+    """Sum of |k|^2."""
+    sample: Float[Tensor, "G R K"]
+    """Some of the keys, evenly spaced in each row."""
+
+    def merge(self, other: CodeStats) -> CodeStats:
+        """The statistics of both sets of tokens together."""
+        return CodeStats(
+            self.key_count + other.key_count,
+            self.key_sum + other.key_sum,
+            self.error + other.error,
+            self.energy + other.energy,
+            torch.cat([self.sample, other.sample], 1),
+        )
+
+    def perplexity(self) -> Float[Tensor, " G"]:
+        """exp(entropy) of code use per head: 1 is one code, S is all codes equally."""
+        share = self.key_count / self.key_count.sum(-1, keepdim=True).clamp(min=1)
+        return torch.special.entr(share).sum(-1).exp()
+
+    def dead(self) -> Int[Tensor, " G"]:
+        """Codes that no key was assigned to, per head."""
+        return (self.key_count == 0).sum(-1)
+
+    def relative_error(self) -> Float[Tensor, " G"]:
+        """Squared quantization error as a share of the keys' squared length, per head."""
+        return self.error / self.energy.clamp(min=1e-30)
+
+
+class Quantized(NamedTuple):
+    """Keys after quantization."""
+
+    code: Int[Tensor, "B G T"]
+    """Index z of the nearest code."""
+    key: Float[Tensor, "B G T K"]
+    """The code itself, with the gradient passed straight through to the key."""
+    commitment: Float[Tensor, ""]
+    """Sum of |k - code|^2 over heads and real tokens; differentiable in the keys."""
+    stats: CodeStats | None
+    """What was seen; None if not asked for."""
+
+
+def nearest_code(
+    keys: Float[Tensor, "B G T K"], codes: Float[Tensor, "G S K"]
+) -> Int[Tensor, "B G T"]:
+    """Index of the code nearest in Euclidean distance, in at least float32."""
+    with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
+        # |k - c|^2 / 2 = |k|^2 / 2 - k.c + |c|^2 / 2, and the first term is common to all codes.
+        score = torch.einsum("bgtk,gsk->bgts", keys.to(codes.dtype), codes)
+        return score.sub_(codes.square().sum(-1)[:, None] / 2).argmax(-1)
+
+
+def look_up(codes: Float[Tensor, "G S K"], code: Int[Tensor, "B G T"]) -> Tensor:
+    """codes[g, code[b, g, t]], of shape [B, G, T, K]."""
+    head = torch.arange(codes.shape[0], device=codes.device)
+    return codes[head[:, None], code]
+
+
+def sum_by_code(
+    values: Float[Tensor, "B G T V"], code: Int[Tensor, "B G T"], n_code: int
+) -> Float[Tensor, "B G S V"]:
+    """Sums the values of the tokens filed under each code."""
+    batch, heads, _, width = values.shape
+    row = torch.arange(batch * heads, device=code.device).reshape(batch, heads, 1)
+    index = (code + row * n_code).flatten()
+    total = values.new_zeros(batch * heads * n_code, width)
+    total = total.index_add(0, index, values.reshape(-1, width))
+    return total.reshape(batch, heads, n_code, width)
+
+
+class Codebook(nn.Module):
+    """S codes for each key-value head, learned as running means of the keys assigned to them.
+
+    Buffers ``key_sum`` [G, S, K] and ``key_count`` [G, S]; a code is their ratio.
+    """
+
+    key_sum: Tensor
+    key_count: Tensor
+
+    def __init__(self, heads: int, n_code: int, d_k: int) -> None:
+        super().__init__()
+        # The official start: short random codes (its fan-in rule counts heads and codes).
+        self.register_buffer("key_sum", torch.randn(heads, n_code, d_k) / (heads * n_code) ** 0.5)
+        self.register_buffer("key_count", torch.ones(heads, n_code))
+
+    def codes(self) -> Float[Tensor, "G S K"]:
+        """The codebook, a constant: no gradient reaches it."""
+        return self.key_sum / self.key_count.clamp(min=COUNT_FLOOR)[..., None]
+
+    def forward(
+        self,
+        keys: Float[Tensor, "B G T K"],
+        codes: Float[Tensor, "G S K"],
+        valid: Bool[Tensor, "#B T"],
+        with_stats: bool = True,
+    ) -> Quantized:
+        """Quantizes ``keys``; ``codes`` is what ``codes()`` returned, ``valid`` the real tokens."""
+        code = nearest_code(keys, codes)
+        chosen = look_up(codes, code)
+        error = (keys - chosen).square().sum(-1) * valid[:, None]
+        straight_through = keys + (chosen - keys).detach()
+        stats = self._stats(keys.detach(), code, error.detach(), valid) if with_stats else None
+        return Quantized(code, straight_through, error.sum(), stats)
+
+    def _stats(self, keys: Tensor, code: Tensor, error: Tensor, valid: Tensor) -> CodeStats:
+        weight = valid[:, None, :, None].expand_as(keys[..., :1]).to(keys.dtype)
+        weighted = torch.cat([keys * weight, weight], -1)
+        total = sum_by_code(weighted, code, self.key_count.shape[-1]).sum(0)
+        energy = (keys.square().sum(-1) * valid[:, None]).sum((0, 2))
+        return CodeStats(
+            total[..., -1], total[..., :-1], error.sum((0, 2)), energy, self._sample(keys, valid)
+        )
+
+    def _sample(self, keys: Tensor, valid: Tensor) -> Tensor:
+        n_real = valid.sum(1, keepdim=True).clamp(min=1).expand(keys.shape[0], 1)
+        share = torch.arange(SAMPLES_PER_ROW, device=keys.device) / SAMPLES_PER_ROW
+        index = (share * n_real).long()[:, None, :, None]
+        picked = keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[3]))
+        return rearrange(picked, "b g r k -> g (b r) k")
+
+    @torch.no_grad()
+    def initialize_(self, keys: Float[Tensor, "G N K"], generator: torch.Generator) -> None:
+        """Sets the codes to k-means centroids of ``keys``, counts to the clusters' sizes.
+
+        Raises:
+            ValueError: fewer keys than codes.
+        """
+        heads, n_code = self.key_count.shape
+        if keys.shape[1] < n_code:
+            raise ValueError(
+                f"k-means got {keys.shape[1]} keys for {n_code} codes; "
+                "start from a larger batch, or choose a smaller n_code"
+            )
+        start = torch.randperm(keys.shape[1], generator=generator)[:n_code].to(keys.device)
+        codes = keys[:, start].to(self.key_sum.dtype)
+        for _ in range(KMEANS_STEPS):
+            code = nearest_code(keys[None], codes)
+            weighted = torch.cat([keys, torch.ones_like(keys[..., :1])], -1)[None]
+            total = sum_by_code(weighted, code, n_code)[0].to(codes.dtype)
+            count = total[..., -1]
+            means = total[..., :-1] / count.clamp(min=1)[..., None]
+            codes = torch.where(count[..., None] > 0, means, codes)
+        self.key_count.copy_(count.clamp(min=1))
+        self.key_sum.copy_(codes * self.key_count[..., None])
+
+    @torch.no_grad()
+    def update_(self, stats: CodeStats, decay: float, revive_below: float = 0.0) -> None:
+        """One step of exponential moving averages: sum <- decay sum + (1 - decay) new sum.
+
+        ``revive_below`` > 0 also moves every code whose count is below that share of the mean
+        count onto one of the sampled keys, the worst quantized first.
+        """
+        self.key_sum.lerp_(stats.key_sum.to(self.key_sum.dtype), 1 - decay)
+        self.key_count.lerp_(stats.key_count.to(self.key_count.dtype), 1 - decay)
+        if revive_below > 0:
+            self._revive_(stats.sample.to(self.key_sum.dtype), revive_below)
+
+    def _revive_(self, sample: Tensor, below: float) -> None:
+        codes = self.codes()
+        chosen = look_up(codes, nearest_code(sample[None], codes))[0]
+        worst = (sample - chosen).square().sum(-1).argsort(-1, descending=True)
+        mean = self.key_count.mean(-1, keepdim=True)
+        n_try = min(sample.shape[1], self.key_count.shape[1])
+        rarest = self.key_count.argsort(-1)[:, :n_try]
+        head = torch.arange(len(codes), device=codes.device)[:, None]
+        dead = self.key_count[head, rarest] < below * mean
+        count = torch.where(dead, mean, self.key_count[head, rarest])
+        key = sample[head, worst[:, :n_try]] * mean[..., None]
+        self.key_sum[head, rarest] = torch.where(dead[..., None], key, self.key_sum[head, rarest])
+        self.key_count[head, rarest] = count

@@ -1,0 +1,183 @@
+"""The one description of a model, and typed ``key=value`` overrides for any such dataclass."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+MIXERS = ("vq", "softmax", "window")
+LAYERS = ("swiglu", "gau")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Every number that decides what an ``LM`` computes.  Validated on construction.
+
+    Raises:
+        ValueError: a size that is not positive, an unknown name, or heads that do not divide.
+    """
+
+    vocab_size: int = 259
+    """Number of token ids.  259 is bytes + padding, end of document, unknown."""
+    n_layer: int = 12
+    """Number of layers; a layer holds exactly one mixer."""
+    d_model: int = 512
+    """Width D of the residual stream."""
+    n_head: int = 8
+    """Query heads H."""
+    n_kv_head: int | None = None
+    """Key-value heads G, a divisor of n_head; None: as many as query heads; 1: multi-query."""
+    d_k: int = 64
+    """Key width K of one head."""
+    d_v: int = 64
+    """Value width V of one head."""
+    d_ff: int | None = None
+    """Hidden width of the SwiGLU; None: 8/3 d_model, rounded up to a multiple of 64."""
+    n_code: int = 512
+    """Codes S in the codebook of each key-value head."""
+    window: int = 128
+    """Memory M: a query sees the M tokens before its block, and itself, one by one."""
+    block: int = 128
+    """Block L.  Outputs do not depend on it; which pairs give a key its gradient does (vq.py)."""
+    mixers: tuple[str, ...] = ("vq",)
+    """Kinds of mixer, tiled over the layers: ("window", "vq") alternates."""
+    layer: str = "swiglu"
+    """"gau": gated attention alone, as in the paper; "swiglu": attention, then a SwiGLU."""
+    cache: bool = True
+    """Whether tokens older than the window stay visible through the per-code means."""
+    cache_grad: bool = True
+    """Whether gradients flow to keys and values of earlier blocks."""
+    tie_embedding: bool = False
+    """Whether the output matrix is the input embedding."""
+    output_scale: float = 1.0
+    """Factor on the logits."""
+    final_norm: bool = True
+    """Whether the stream is normalised before the logits."""
+    absolute_position: bool = False
+    """Whether scaled sinusoids of the position in the document are added to the embedding."""
+    position_base: float = 1e5
+    """Longest wavelength of the sinusoids over 2 pi, in tokens."""
+    dropout_embedding: float = 0.0
+    """Probability of dropping an element of the embedded input."""
+    dropout_sinusoid: float = 0.0
+    """Probability of dropping an element of the relative sinusoids."""
+    dropout_residual: float = 0.0
+    """Probability of dropping an element of what a sublayer adds to the stream."""
+    dropout_layer: float = 0.0
+    """Probability of dropping a whole sublayer for a row of the batch."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mixers", tuple(self.mixers))
+        for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_k", "d_v", "n_code"):
+            _require(self, name, getattr(self, name) >= 1, "a whole number of at least 1")
+        for name in ("window", "block"):
+            _require(self, name, getattr(self, name) >= 1, "a number of tokens, at least 1")
+        for name in ("d_ff", "n_kv_head"):
+            _require(self, name, (getattr(self, name) or 1) >= 1, "at least 1, or None")
+        for field in dataclasses.fields(self):
+            if field.name.startswith("dropout_"):
+                value = getattr(self, field.name)
+                _require(self, field.name, 0 <= value < 1, "a probability in [0, 1)")
+        _require(self, "d_model", self.d_model % 2 == 0, "even, for sine and cosine halves")
+        divides = self.n_head % self.kv_heads == 0
+        _require(self, "n_kv_head", divides, f"a divisor of n_head={self.n_head}")
+        _require(self, "mixers", len(self.mixers) > 0, "at least one mixer name")
+        for mixer in self.mixers:
+            require_known("mixer", mixer, MIXERS)
+        require_known("layer", self.layer, LAYERS)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads G, with the default filled in."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def gated(self) -> bool:
+        """Whether the mixer gates its output (the paper's GAU)."""
+        return self.layer == "gau"
+
+    @property
+    def ff_width(self) -> int:
+        """Hidden width of the SwiGLU, with the default filled in."""
+        return self.d_ff or 64 * -(-8 * self.d_model // (3 * 64))
+
+    def mixer_of(self, layer: int) -> str:
+        """Name of the mixer in layer number ``layer``, counted from 0."""
+        return self.mixers[layer % len(self.mixers)]
+
+
+def _require(config: object, name: str, ok: bool, wanted: str) -> None:
+    if not ok:
+        got = getattr(config, name)
+        raise ValueError(f"{type(config).__name__}: {name}={got!r}, but it must be {wanted}")
+
+
+def require_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise a ``ValueError`` with the nearest valid name unless ``name`` is in ``known``."""
+    names = list(known)
+    if name in names:
+        return
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
+
+
+def override(config: T, pairs: dict[str, str]) -> T:
+    """A copy of dataclass ``config`` with fields replaced by parsed texts, ``{"d_model": "256"}``.
+
+    Tuples are written with commas (``mixers=window,vq``), absent values as ``none``.
+
+    Raises:
+        ValueError: an unknown field (with the nearest valid name) or a text of another type.
+    """
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for name, text in pairs.items():
+        require_known("setting", name, hints)
+        changes[name] = _parse(name, text, hints[name])
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The dataclass ``cls`` from a dictionary, as read from JSON; unknown keys are refused.
+
+    Raises:
+        ValueError: a key that ``cls`` lacks, with the nearest valid name.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in values:
+        require_known(f"key of {cls.__name__}", name, names)
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _parse(name: str, text: str, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple:
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+        if kind is str:
+            return text
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            continue
+        if kind is float and type(value) in (int, float):
+            return float(value)
+        if kind is int and type(value) is int:
+            return value
+        if kind is int and type(value) is float and value == int(value):
+            return int(value)
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    raise ValueError(f"{name}={text!r} is not of type {wanted}".replace("NoneType", "none"))

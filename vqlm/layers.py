@@ -1,0 +1,140 @@
+"""What all mixers share: norms, projections, the relative position bias, the SwiGLU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vqlm.config import LMConfig
+
+
+class RelativeBias(NamedTuple):
+    """The Transformer-XL bias of one mixer (Dai et al. 2019), as attention needs it."""
+
+    content: Float[Tensor, "H K"]
+    """u, added to every query before it meets a key or a code."""
+    position: Float[Tensor, "H K"]
+    """w, added to every query before it meets a distance row."""
+    rows: Float[Tensor, "H distances K"]
+    """r_d for the distances d = 0 ... M."""
+
+
+class Projected(NamedTuple):
+    """Queries, keys, values and the gate of one call."""
+
+    query: Float[Tensor, "B H T K"]
+    key: Float[Tensor, "B G T K"]
+    value: Float[Tensor, "B G T V"]
+    gate: Float[Tensor, "B T HV"] | None
+
+
+def rms(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + 1e-6) over the last axis, computed in at least float32."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return F.rms_norm(wide, wide.shape[-1:], eps=1e-6)
+
+
+class Norm(nn.Module):
+    """Root-mean-square norm with gain and bias: g rms(x) + b."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Normalises the last axis."""
+        return torch.addcmul(self.bias, rms(x), self.gain)
+
+
+def sinusoid(
+    position: Int[Tensor, "..."], width: int, base: float, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "... D"]:
+    """All sines, then all cosines, of ``position`` times base^(-2m/width), m = 0 ... width/2-1."""
+    m = torch.arange(width // 2, device=position.device, dtype=dtype)
+    angle = position[..., None].to(dtype) * base ** (-2 * m / width)
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def relative_scores(
+    query: Float[Tensor, "B H L K"], rows: Float[Tensor, "H distances K"]
+) -> Float[Tensor, "B H L W"]:
+    """q_i . r_(M+i-c) for columns c of [M memory slots, L tokens], W = M + L; 0 off the band.
+
+    Column c lies at distance M + i - c from query i.  The products are made once for the M + 1
+    distances and moved into place by the shift of Transformer-XL: append L zeros to each row,
+    flatten, drop the last L, and read again with rows one shorter; row i has moved i to the right.
+    """
+    n_query = query.shape[2]
+    by_distance = torch.einsum("bhlk,hmk->bhlm", query, rows.flip(1))
+    padded = F.pad(by_distance, (0, n_query)).flatten(2)
+    width = rows.shape[1] - 1 + n_query
+    return padded[..., : n_query * width].unflatten(2, (n_query, width))
+
+
+class AttentionProjections(nn.Module):
+    """The parameters of an attention mixer; the same for all of them, so that twins compare.
+
+    Queries and keys are normalised per head and scaled by K^(-1/4), so that a score is
+    sqrt(K) times a cosine.  Gated (the paper's GAU): SiLU on values and gate.
+    """
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, groups, k, v = config.n_head, config.kv_heads, config.d_k, config.d_v
+        self.widths = [groups * k, groups * v, heads * v if config.gated else 0]
+        self.query = nn.Linear(config.d_model, heads * k, bias=False)
+        self.key_value_gate = nn.Linear(config.d_model, sum(self.widths), bias=False)
+        self.position = nn.Linear(config.d_model, heads * k, bias=False)
+        self.output = nn.Linear(heads * v, config.d_model, bias=False)
+        self.content_bias = nn.Parameter(torch.zeros(heads, k))
+        self.position_bias = nn.Parameter(torch.zeros(heads, k))
+        self.scale = k**-0.25
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Projected:
+        """Normalised queries and keys, values, and the gate if there is one."""
+        key, value, gate = self.key_value_gate(x).split(self.widths, -1)
+        query = rearrange(self.query(x), "b t (h k) -> b h t k", k=self.config.d_k)
+        key = rearrange(key, "b t (g k) -> b g t k", k=self.config.d_k)
+        if self.config.gated:
+            value, gate = F.silu(value), F.silu(gate)
+        value = rearrange(value, "b t (g v) -> b g t v", v=self.config.d_v)
+        query, key = self.scale * rms(query), self.scale * rms(key)
+        return Projected(query, key, value, gate if self.config.gated else None)
+
+    def bias(self) -> RelativeBias:
+        """The relative position bias; its sinusoids pass through the sinusoid dropout."""
+        distance = torch.arange(self.config.window + 1, device=self.content_bias.device)
+        waves = sinusoid(
+            distance, self.config.d_model, self.config.position_base, self.content_bias.dtype
+        )
+        rows = self.position(F.dropout(waves, self.config.dropout_sinusoid, self.training))
+        rows = rearrange(rows, "m (h k) -> h m k", k=self.config.d_k)
+        return RelativeBias(
+            self.scale * self.content_bias, self.scale * self.position_bias, self.scale * rows
+        )
+
+    def merge(self, heads: Float[Tensor, "B H T V"], gate: Tensor | None) -> Tensor:
+        """Joins the heads, applies the gate, projects back to [B, T, D]."""
+        joined = rearrange(heads, "b h t v -> b t (h v)")
+        return self.output(joined if gate is None else joined * gate)
+
+
+class SwiGLU(nn.Module):
+    """silu(x W1) * (x W2), projected back (Shazeer 2020); W1 and W2 are one product."""
+
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(d_model, 2 * width, bias=False)
+        self.output = nn.Linear(width, d_model, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Position by position."""
+        gate, value = self.input(x).chunk(2, -1)
+        return self.output(F.silu(gate) * value)

@@ -1,0 +1,318 @@
+"""The decoder-only language model: embedding, layers of one mixer each, logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vqlm.codebook import Codebook, CodeStats
+from vqlm.config import LMConfig
+from vqlm.layers import Norm, SwiGLU, sinusoid
+from vqlm.sampling import pick
+from vqlm.segments import Segments
+from vqlm.softmax import SoftmaxAttention, SoftmaxState, WindowAttention
+from vqlm.vq import VQAttention, VQAux, VQState
+
+MIXERS: dict[str, type[VQAttention] | type[SoftmaxAttention]] = {
+    "vq": VQAttention,
+    "softmax": SoftmaxAttention,
+    "window": WindowAttention,
+}
+
+MixerState = VQState | SoftmaxState
+
+
+class LMState(NamedTuple):
+    """All that the model remembers of a stream."""
+
+    layers: tuple[MixerState, ...]
+    """One state a layer."""
+    length: Int[Tensor, " B"]
+    """Tokens of the current document seen so far."""
+
+    def detach(self) -> LMState:
+        """The same values with gradients cut, for truncated back-propagation through time."""
+        layers = tuple(type(s)(*(x.detach() for x in s)) for s in self.layers)
+        return LMState(layers, self.length)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state, in a fixed order."""
+        return [x for state in self.layers for x in state] + [self.length]
+
+    def replace_tensors(self, tensors: list[Tensor]) -> LMState:
+        """A state of this shape holding ``tensors``, in the order of ``tensors()``."""
+        rest = iter(tensors)
+        layers = tuple(type(state)(*(next(rest) for _ in state)) for state in self.layers)
+        return LMState(layers, next(rest))
+
+    def bytes(self) -> int:
+        """Size in bytes."""
+        return sum(x.numel() * x.element_size() for x in self.tensors())
+
+
+class LMOutput(NamedTuple):
+    """What one call returns."""
+
+    logits: Float[Tensor, "B T N"]
+    """Unnormalised log-probabilities of the next token; zeros at padding."""
+    state: LMState
+    """State after the call."""
+    aux: tuple[VQAux | None, ...]
+    """One a layer; None for mixers without a codebook."""
+
+    def commitment(self) -> Tensor:
+        """Sum over layers, heads and tokens of |k - k_hat|^2; 0 without codebooks."""
+        terms = [aux.commitment for aux in self.aux if aux is not None]
+        return torch.stack(terms).sum() if terms else self.logits.new_zeros(())
+
+    def stats(self) -> tuple[CodeStats | None, ...]:
+        """Codebook statistics, one a layer; None where there is no codebook or none asked for."""
+        return tuple(None if aux is None else aux.stats for aux in self.aux)
+
+
+class Layer(nn.Module):
+    """Pre-norm residual layer: a mixer, then (``layer="swiglu"``) a SwiGLU."""
+
+    def __init__(self, config: LMConfig, index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.mixer_norm = Norm(config.d_model)
+        self.mixer = MIXERS[config.mixer_of(index)](config)
+        self.has_ff = config.layer == "swiglu"
+        if self.has_ff:
+            self.ff_norm = Norm(config.d_model)
+            self.ff = SwiGLU(config.d_model, config.ff_width)
+
+    def forward(
+        self, x: Tensor, state: MixerState, segments: Segments, with_stats: bool | None
+    ) -> tuple[Tensor, MixerState, VQAux | None]:
+        """Adds the sublayers to the stream ``x`` [B, T, D]."""
+        y, state, aux = self.mixer(self.mixer_norm(x), state, segments, with_stats)
+        x = x + self._drop(y)
+        if self.has_ff:
+            x = x + self._drop(self.ff(self.ff_norm(x)))
+        return x, state, aux
+
+    def _drop(self, y: Tensor) -> Tensor:
+        if not self.training:
+            return y
+        y = F.dropout(y, self.config.dropout_residual)
+        if self.config.dropout_layer > 0:
+            row = y.new_ones(y.shape[0], 1, 1)
+            y = y * F.dropout(row, self.config.dropout_layer)
+        return y
+
+
+class LM(nn.Module):
+    """Decoder-only language model over token ids.
+
+    ``out = LM(config)(tokens, state=None)`` gives ``out.logits`` [B, T, vocabulary],
+    ``out.state`` and ``out.aux``.  Any way of cutting a stream into calls gives the same logits.
+    """
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        """Whether layers are recomputed in the backward pass instead of kept (training only)."""
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
+        if config.absolute_position:
+            self.position_scale = nn.Parameter(torch.zeros(()))
+        if config.final_norm:
+            self.norm = Norm(config.d_model)
+        if config.tie_embedding:
+            self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        else:
+            self.output = nn.Linear(config.d_model, config.vocab_size)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Official start: kernels normal with std 1/sqrt(fan-in), embedding std 1, biases 0.
+
+        With a SwiGLU, what ends in the stream is also divided by sqrt(number of sublayers), as
+        in GPT-2; the paper's model has no such factor.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
+            elif isinstance(module, nn.Linear):
+                into_stream = name.endswith(".output") and not self.config.gated
+                depth = 2 * self.config.n_layer if into_stream else 1
+                nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features * depth))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def init_state(self, batch_size: int) -> LMState:
+        """The empty state of ``batch_size`` rows."""
+        layers = tuple(layer.mixer.init_state(batch_size) for layer in self._layers())
+        device = self.embedding.weight.device
+        return LMState(layers, torch.zeros(batch_size, dtype=torch.long, device=device))
+
+    def state_bytes(self, batch_size: int = 1) -> int:
+        """Bytes of the empty state; for "vq" and "window" mixers also after any length."""
+        return self.init_state(batch_size).bytes()
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        state: LMState | None = None,
+        *,
+        mask: Bool[Tensor, "B T"] | None = None,
+        starts: Bool[Tensor, "B T"] | None = None,
+        with_stats: bool | None = None,
+    ) -> LMOutput:
+        """Logits of the token after each of ``tokens``, given all before it in its document.
+
+        Args:
+            tokens: ids, T at least 1.
+            state: what came before; None for nothing.  It is not changed.
+            mask: True at real tokens, in any pattern; padding leaves no trace in the state.
+            starts: True at the first token of a document; nothing before it is attended to.
+            with_stats: gather codebook statistics; None: in training mode only.
+
+        Raises:
+            ValueError: no tokens, or a state of another batch size.
+        """
+        state = self._checked_state(tokens, state)
+        segments = Segments.of(mask, starts)
+        tokens = segments.pack(tokens)
+        x = self._embed(tokens, segments.positions(state.length, tokens.shape[1]))
+        states, auxes = [], []
+        for layer, layer_state in zip(self._layers(), state.layers, strict=True):
+            arguments = (x, layer_state, segments, with_stats)
+            if self.checkpointing and self.training:
+                x, new, aux = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x, new, aux = layer(*arguments)
+            states.append(new)
+            auxes.append(aux)
+        length = segments.advance(state.length, tokens.shape[1])
+        logits = segments.unpack(self._logits(x))
+        return LMOutput(logits, LMState(tuple(states), length), tuple(auxes))
+
+    def _layers(self) -> Iterator[Layer]:
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield layer
+
+    def _checked_state(self, tokens: Tensor, state: LMState | None) -> LMState:
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"LM: tokens have shape {tuple(tokens.shape)}; want [B, T], T >= 1")
+        if state is None:
+            return self.init_state(tokens.shape[0])
+        if state.length.shape[0] != tokens.shape[0]:
+            raise ValueError(
+                f"LM: the state has {state.length.shape[0]} rows, tokens have {tokens.shape[0]}; "
+                f"use init_state({tokens.shape[0]}) or the state of the same rows"
+            )
+        return state
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        if self.config.absolute_position:
+            waves = sinusoid(positions, self.config.d_model, self.config.position_base, x.dtype)
+            x = x + self.position_scale * waves
+        return F.dropout(x, self.config.dropout_embedding, self.training)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        x = self.norm(x) if self.config.final_norm else x
+        if self.config.tie_embedding:
+            logits = F.linear(x, self.embedding.weight, self.output_bias)
+        else:
+            logits = self.output(x)
+        return logits * self.config.output_scale if self.config.output_scale != 1 else logits
+
+    def codebooks(self) -> list[Codebook | None]:
+        """The codebook of each layer; None where the mixer has none."""
+        mixers = [layer.mixer for layer in self._layers()]
+        return [m.codebook if isinstance(m, VQAttention) else None for m in mixers]
+
+    @torch.no_grad()
+    def initialize_codebooks_(self, tokens: Int[Tensor, "B T"], seed: int, **context: Any) -> None:
+        """Sets every codebook to k-means centroids of the keys that ``tokens`` produce.
+
+        One forward pass, each codebook set just before it is first used, so that deeper layers
+        see the quantized output of those before.  ``context``: mask and starts, as in ``forward``.
+
+        Raises:
+            ValueError: fewer tokens than codes.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def set_first(book: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            assert isinstance(book, Codebook)
+            keys, _, valid = inputs[:3]
+            real = valid.expand(keys.shape[0], -1).flatten()
+            book.initialize_(keys.transpose(0, 1).flatten(1, 2)[:, real], generator)
+            return (keys, book.codes(), *inputs[2:])
+
+        books = [book for book in self.codebooks() if book is not None]
+        hooks = [book.register_forward_pre_hook(set_first) for book in books]
+        try:
+            self(tokens, with_stats=False, **context)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def update_codebooks_(
+        self, stats: tuple[CodeStats | None, ...], decay: float, revive_below: float = 0.0
+    ) -> None:
+        """Applies one step's merged statistics (``LMOutput.stats``); see ``Codebook.update_``."""
+        for book, seen in zip(self.codebooks(), stats, strict=True):
+            if book is not None and seen is not None:
+                book.update_(seen, decay, revive_below)
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        prompt: Int[Tensor, "B T"],
+        n_token: int,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        state: LMState | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
+    ) -> Iterator[tuple[Int[Tensor, " B"], LMState]]:
+        """Yields ``n_token`` times the next token of each row, with the state before it.
+
+        The prompt is read in one call, after ``state``; every further token costs the same.
+        ``mask`` marks the real tokens of prompts of unequal length, in any pattern.
+
+        Raises:
+            ValueError: an empty prompt, or settings that ``sampling.pick`` refuses.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            out = self(prompt, state, mask=mask)
+            logits = out.logits[:, -1] if mask is None else _last_real(out.logits, mask)
+            for index in range(n_token):
+                if index > 0:
+                    out = self(token[:, None], out.state)
+                    logits = out.logits[:, -1]
+                token = pick(logits, temperature, top_p, generator)
+                yield token, out.state
+        finally:
+            self.train(was_training)
+
+    def generate(
+        self, prompt: Int[Tensor, "B T"], n_token: int, **settings: Any
+    ) -> Int[Tensor, "B total"]:
+        """The prompt with ``n_token`` tokens appended; ``settings`` as in ``stream``."""
+        tokens = [token for token, _ in self.stream(prompt, n_token, **settings)]
+        return torch.cat([prompt, *(token[:, None] for token in tokens)], 1)
+
+
+def _last_real(logits: Float[Tensor, "B T N"], mask: Bool[Tensor, "B T"]) -> Tensor:
+    index = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, index, 0).amax(1)
+    return logits[torch.arange(len(logits), device=mask.device), last]

@@ -1,0 +1,106 @@
+"""Slow oracles, in the plainest code: what every fast path must equal.  Imports nothing of ours.
+
+Axes: B batch, H query head, G key-value head, T time, S codes, K key width, V value width,
+M window.  H is a multiple of G; query head h reads key-value head h // (H / G).
+
+The dense definition (Transformer-VQ, section 3): a query at time t attends to every key s <= t
+of its own document with score
+
+    (q_t + u) . k_hat_s  +  [t - s <= M] (q_t + w) . r_(t - s)
+
+where k_hat_s is the code nearest to k_s, u and w are learned biases of a head and r_d the row for
+distance d.  Without the cache only keys with t - s <= M are attended to.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def nearest_code_by_distance(keys: Tensor, codes: Tensor) -> Tensor:
+    """Index of the nearest code, [B, G, T], for keys [B, G, T, K] and codes [G, S, K]."""
+    difference = keys[:, :, :, None, :] - codes[None, :, None, :, :]
+    return difference.square().sum(-1).argmin(-1)
+
+
+def relative_scores_by_distance(q: Tensor, rows: Tensor) -> Tensor:
+    """[B, H, T, T]: q_t . r_(t-s) where 0 <= t - s <= M, else 0; rows [H, M + 1, K]."""
+    n_token, window = q.shape[2], rows.shape[1] - 1
+    time = torch.arange(n_token)
+    distance = time[:, None] - time[None, :]
+    inside = (distance >= 0) & (distance <= window)
+    row_of_pair = rows[:, distance.clamp(0, window)]  # [H, T, T, K]
+    return torch.einsum("bhtk,htsk->bhts", q, row_of_pair) * inside
+
+
+def softmax_attention_quadratic(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: tuple[Tensor, Tensor, Tensor],
+    documents: Tensor,
+    window_only: bool = False,
+) -> Tensor:
+    """Dense causal softmax attention over unquantized keys with the relative position bias.
+
+    q [B, H, T, K], k [B, G, T, K], v [B, G, T, V]; bias = (u [H, K], w [H, K], r [H, M+1, K]);
+    documents [B, T], equal for tokens of one document.  Returns [B, H, T, V].
+    """
+    u, w, rows = bias
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    scores = (q + u[:, None]) @ k.mT + relative_scores_by_distance(q + w[:, None], rows)
+    visible = visible_pairs(documents, rows.shape[1] - 1, window_only)
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v
+
+
+def vq_attention_quadratic(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codes: Tensor,
+    bias: tuple[Tensor, Tensor, Tensor],
+    documents: Tensor,
+    block_starts: list[int],
+    cache: bool = True,
+    cache_grad: bool = True,
+) -> Tensor:
+    """Dense attention over quantized keys; arguments as above, codes [G, S, K].
+
+    ``block_starts`` are the times at which blocks begin, 0 first.  They decide gradients alone.
+    With t0 the start of the query's block, a key receives its straight-through gradient only
+    from queries for which it is recent, s >= t0 - M; older keys are read as constants of the
+    codebook.  Without ``cache_grad`` keys and values before t0 receive nothing at all.
+    """
+    u, w, rows = bias
+    window = rows.shape[1] - 1
+    share = q.shape[1] // k.shape[1]
+    z = nearest_code_by_distance(k, codes)
+    constant = torch.stack([codes[g, z[:, g]] for g in range(codes.shape[0])], 1)
+    straight_through = k + (constant - k).detach()
+    constant, straight_through, v = (
+        x.repeat_interleave(share, 1) for x in (constant.detach(), straight_through, v)
+    )
+    time = torch.arange(q.shape[2])
+    block_start = torch.tensor([max(b for b in block_starts if b <= t) for t in time.tolist()])
+    in_block = time[None, :] >= block_start[:, None]
+    recent = time[None, :] >= block_start[:, None] - window
+    with_gradient = recent if cache_grad else in_block
+
+    query = q + u[:, None]
+    content = torch.where(with_gradient, query @ straight_through.mT, query @ constant.mT)
+    scores = content + relative_scores_by_distance(q + w[:, None], rows)
+    visible = visible_pairs(documents, window, window_only=not cache)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    if cache_grad:
+        return weights @ v
+    return (weights * in_block) @ v + (weights * ~in_block) @ v.detach()
+
+
+def visible_pairs(documents: Tensor, window: int, window_only: bool) -> Tensor:
+    """Bool [B, 1, T, T]: whether the query (row) may attend to the key (column)."""
+    time = torch.arange(documents.shape[1])
+    distance = time[:, None] - time[None, :]
+    allowed = (distance >= 0) & ((distance <= window) | (not window_only))
+    return (allowed & (documents[:, :, None] == documents[:, None, :]))[:, None]
