@@ -144,8 +144,13 @@ def test_equals_quadratic_oracle_with_gradients(case: Case) -> None:
     [(1, 4, 4), (3, 4, 5), (17, 4, 4), (19, 3, 6), (19, 6, 3), (23, 1, 7)],
 )
 def test_every_combination(
-    heads: str, cache: bool, cache_grad: bool, documents: tuple[int, ...], n_token: int,
-    window: int, block: int,
+    heads: str,
+    cache: bool,
+    cache_grad: bool,
+    documents: tuple[int, ...],
+    n_token: int,
+    window: int,
+    block: int,
 ) -> None:
     """The full grid by hand, so that no combination is left to chance."""
     case = Case(heads, window, block, n_token, cache, cache_grad, documents, (), 0)

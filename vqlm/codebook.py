@@ -37,7 +37,7 @@ class CodeStats(NamedTuple):
     energy: Float[Tensor, " G"]
     """Sum of |k|^2."""
     sample: Float[Tensor, "G R K"]
-    """Some of the keys, evenly spaced in each row."""
+    """Some of the keys, evenly spaced in each row; not-a-number for a row of padding alone."""
 
     def merge(self, other: CodeStats) -> CodeStats:
         """The statistics of both sets of tokens together."""
@@ -148,10 +148,11 @@ class Codebook(nn.Module):
         )
 
     def _sample(self, keys: Tensor, valid: Tensor) -> Tensor:
-        n_real = valid.sum(1, keepdim=True).clamp(min=1).expand(keys.shape[0], 1)
+        n_real = valid.sum(1, keepdim=True).expand(keys.shape[0], 1)
         share = torch.arange(SAMPLES_PER_ROW, device=keys.device) / SAMPLES_PER_ROW
         index = (share * n_real).long()[:, None, :, None]
         picked = keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[3]))
+        picked = picked.masked_fill((n_real == 0)[..., None, None], torch.nan)
         return rearrange(picked, "b g r k -> g (b r) k")
 
     @torch.no_grad()
@@ -194,12 +195,13 @@ class Codebook(nn.Module):
     def _revive_(self, sample: Tensor, below: float) -> None:
         codes = self.codes()
         chosen = look_up(codes, nearest_code(sample[None], codes))[0]
-        worst = (sample - chosen).square().sum(-1).argsort(-1, descending=True)
+        error = (sample - chosen).square().sum(-1).nan_to_num(nan=-1.0)
+        error, worst = error.sort(-1, descending=True)
         mean = self.key_count.mean(-1, keepdim=True)
         n_try = min(sample.shape[1], self.key_count.shape[1])
         rarest = self.key_count.argsort(-1)[:, :n_try]
         head = torch.arange(len(codes), device=codes.device)[:, None]
-        dead = self.key_count[head, rarest] < below * mean
+        dead = (self.key_count[head, rarest] < below * mean) & (error[:, :n_try] >= 0)
         count = torch.where(dead, mean, self.key_count[head, rarest])
         key = sample[head, worst[:, :n_try]] * mean[..., None]
         self.key_sum[head, rarest] = torch.where(dead[..., None], key, self.key_sum[head, rarest])

@@ -1,10 +1,11 @@
-"""The one description of a model, and typed ``key=value`` overrides for any such dataclass."""
+"""The description of a model and of a training, and typed ``key=value`` overrides for both."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 
 MIXERS = ("vq", "softmax", "window")
 LAYERS = ("swiglu", "gau")
+PRECISIONS = ("float32", "bfloat16")
+CODEBOOK_STARTS = ("random", "kmeans")
 
 T = TypeVar("T")
 
@@ -81,11 +84,13 @@ class LMConfig:
         for name in ("window", "block"):
             _require(self, name, getattr(self, name) >= 1, "a number of tokens, at least 1")
         for name in ("d_ff", "n_kv_head"):
-            _require(self, name, (getattr(self, name) or 1) >= 1, "at least 1, or None")
+            value = getattr(self, name)
+            _require(self, name, value is None or value >= 1, "at least 1, or None")
         for field in dataclasses.fields(self):
             if field.name.startswith("dropout_"):
                 value = getattr(self, field.name)
                 _require(self, field.name, 0 <= value < 1, "a probability in [0, 1)")
+        _require(self, "position_base", self.position_base > 0, "positive")
         _require(self, "d_model", self.d_model % 2 == 0, "even, for sine and cosine halves")
         divides = self.n_head % self.kv_heads == 0
         _require(self, "n_kv_head", divides, f"a divisor of n_head={self.n_head}")
@@ -112,6 +117,98 @@ class LMConfig:
     def mixer_of(self, layer: int) -> str:
         """Name of the mixer in layer number ``layer``, counted from 0."""
         return self.mixers[layer % len(self.mixers)]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every number that decides how a model is trained.
+
+    Raises:
+        ValueError: a value out of range or an unknown name.
+    """
+
+    steps: int = 1000
+    """Optimizer steps."""
+    minutes: float | None = None
+    """Minutes of training after which to stop even if steps remain; the learning rate follows
+    whichever is further along, so that it has come down by then."""
+    batch_size: int = 8
+    """Lanes of text read side by side."""
+    seq_len: int = 256
+    """Tokens of each lane in one step; gradients reach back no further, the state does."""
+    context_len: int | None = None
+    """Tokens of a lane, a multiple of seq_len, after which the state starts anew; None: only
+    where documents begin, which needs mixers whose state has constant size."""
+    accumulate: int = 1
+    """Parts that the rows of a batch are cut in, one after another, to save memory."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    final_rate: float = 0.1
+    """Share of the peak that the cosine ends at."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.98
+    """AdamW's decay of the mean squared gradient."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices, multiplied by the learning rate; gains and biases have none."""
+    clip_norm: float = 1.0
+    """Largest global norm of a gradient."""
+    commitment: float = 1e-4
+    """Weight of the commitment loss, sum over layers of the mean over tokens of |k - k_hat|^2."""
+    codebook_decay: float = 0.99
+    """Decay of the codebooks' moving sums, per step."""
+    codebook_start: str = "random"
+    """"random": short random codes, as in the paper; "kmeans": from the first batch's keys."""
+    revive_below: float = 0.0
+    """Codes used less than this share of the average are moved onto recent keys; 0: never."""
+    precision: str = "float32"
+    """"bfloat16" runs matrix products in it, under autocast."""
+    checkpointing: bool = False
+    """Recompute layers in the backward pass instead of keeping their activations."""
+    seed: int = 0
+    """Seed of initial values, dropout and k-means."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 200
+    """Steps between looks at the validation split."""
+    eval_bytes: int = 65536
+    """How much of the validation split such a look reads."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "steps batch_size seq_len accumulate warmup_steps log_every eval_every eval_bytes"
+        )
+        for name in (*positive.split(), "save_every", "keep", "learning_rate", "clip_norm"):
+            _require(self, name, getattr(self, name) > 0, "positive")
+        for name in ("beta1", "beta2", "codebook_decay", "revive_below"):
+            _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        _require(self, "minutes", self.minutes is None or self.minutes > 0, "positive, or None")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"TrainConfig: accumulate={self.accumulate} does not divide "
+                f"batch_size={self.batch_size}; choose a divisor"
+            )
+        if self.context_len is not None and (
+            self.context_len < 1 or self.context_len % self.seq_len
+        ):
+            raise ValueError(
+                f"TrainConfig: context_len={self.context_len} is no multiple of "
+                f"seq_len={self.seq_len}; choose one, or none"
+            )
+        require_known("precision", self.precision, PRECISIONS)
+        require_known("codebook_start", self.codebook_start, CODEBOOK_STARTS)
+
+    def rate(self, step: int, share: float) -> float:
+        """Learning rate of step ``step`` (from 0) when ``share`` of the training is done."""
+        warm = min(1.0, (step + 1) / self.warmup_steps)
+        cosine = (1 + math.cos(math.pi * min(1.0, share))) / 2
+        return self.learning_rate * warm * (self.final_rate + (1 - self.final_rate) * cosine)
 
 
 def _require(config: object, name: str, ok: bool, wanted: str) -> None:
@@ -150,16 +247,22 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     """The dataclass ``cls`` from a dictionary, as read from JSON; unknown keys are refused.
 
     Raises:
-        ValueError: a key that ``cls`` lacks, with the nearest valid name.
+        ValueError: a key that ``cls`` lacks, with the nearest valid name, or a wrong type.
     """
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for name in values:
-        require_known(f"key of {cls.__name__}", name, names)
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    hints = typing.get_type_hints(cls)
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, value in settings.items():
+        require_known(f"key of {cls.__name__}", name, hints)
+        kinds = _kinds(hints[name])
+        if float in kinds and type(value) is int:
+            settings[name] = float(value)  # JSON writers may drop ".0"
+        elif type(value) not in kinds and not (isinstance(value, tuple) and _has_tuple(kinds)):
+            raise _wrong_type(name, value, kinds)
+    return cls(**settings)
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:
-    kinds = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    kinds = _kinds(hint)
     if type(None) in kinds and text.lower() == "none":
         return None
     for kind in kinds:
@@ -177,7 +280,19 @@ def _parse(name: str, text: str, hint: Any) -> Any:
             return float(value)
         if kind is int and type(value) is int:
             return value
-        if kind is int and type(value) is float and value == int(value):
+        if kind is int and type(value) is float and value.is_integer():
             return int(value)
+    raise _wrong_type(name, text, kinds)
+
+
+def _has_tuple(kinds: tuple[Any, ...]) -> bool:
+    return any(typing.get_origin(kind) is tuple for kind in kinds)
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+
+
+def _wrong_type(name: str, value: Any, kinds: tuple[Any, ...]) -> ValueError:
     wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-    raise ValueError(f"{name}={text!r} is not of type {wanted}".replace("NoneType", "none"))
+    return ValueError(f"{name}={value!r} is not of type {wanted.replace('NoneType', 'none')}")

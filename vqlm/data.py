@@ -330,7 +330,11 @@ class Lanes:
 
 
 def evaluation_batches(
-    split: Split, batch_size: int, seq_len: int, max_bytes: int | None = None
+    split: Split,
+    batch_size: int,
+    seq_len: int,
+    max_bytes: int | None = None,
+    context_len: int | None = None,
 ) -> Iterator[Batch]:
     """Batches [B, up to seq_len] in which every target of the split has mask True exactly once.
 
@@ -342,6 +346,8 @@ def evaluation_batches(
     Args:
         max_bytes: take only the first documents up to this many text bytes, the last of them cut
             (its END is then left out), for a quick look; None takes everything.
+        context_len: cut documents in pieces of this many tokens, each read as a document of its
+            own (the paper's protocol, and what models with a growing state need); None: whole.
 
     Raises ValueError when a number is below 1, before the first batch is asked for.
     """
@@ -349,6 +355,11 @@ def evaluation_batches(
     if max_bytes is not None:
         _check_positive("evaluation_batches", max_bytes=max_bytes)
     documents = _first_documents(split, split.n_bytes if max_bytes is None else max_bytes)
+    if context_len is not None:
+        _check_positive("evaluation_batches", context_len=context_len)
+        documents = [
+            d[i : i + context_len] for d in documents for i in range(0, len(d), context_len)
+        ]
     return _walk_rows(_deal(documents, min(batch_size, len(documents))), seq_len)
 
 

@@ -295,6 +295,7 @@ class LM(nn.Module):
         try:
             out = self(prompt, state, mask=mask)
             logits = out.logits[:, -1] if mask is None else _last_real(out.logits, mask)
+            token = prompt[:, -1]
             for index in range(n_token):
                 if index > 0:
                     out = self(token[:, None], out.state)

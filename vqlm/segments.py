@@ -84,13 +84,15 @@ def last_slots(
 ) -> Tensor:
     """The ``n_slot`` newest entries along ``dim`` of ``x`` = [older slots, ``n_token`` tokens].
 
-    With ``lengths`` (real tokens a row, the rest is padding on the right) each row's own newest.
+    With ``lengths`` (real tokens a row, the rest is padding on the right) each row's own newest;
+    what a row has too few of is filled up on the left with anything.
     The result is a copy: a state must not keep a whole call's tensors alive.
     """
     n_old = x.shape[dim] - n_token
     if lengths is None:
         return x.narrow(dim, n_old + n_token - n_slot, n_slot).clone()
     index = (lengths + n_old - n_slot)[:, None] + torch.arange(n_slot, device=x.device)
+    index = index.clamp(min=0)
     shape = [1] * x.ndim
     shape[0], shape[dim] = index.shape
     target = list(x.shape)

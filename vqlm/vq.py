@@ -243,7 +243,7 @@ def _file(cache: _Cache, joined: _Recent, n_new: int, n_real: Tensor | None) -> 
         return cache
     code, _, value, document = joined.split(n_new)[0]
     if n_real is None:
-        newest, leaves = document[:, -1], True
+        newest, leaves = document[:, -1], torch.ones_like(document, dtype=torch.bool)
     else:
         newest = document.gather(1, (n_real - 1).clamp(min=0)[:, None])[:, 0]
         newest = torch.where(n_real > 0, newest, cache.document)

@@ -1,0 +1,187 @@
+"""Run folders: what is in them, how they are written so that an old checkpoint outlives a failure.
+
+    RUN/config.json, model.safetensors     the newest model: what ``load_model`` and others read
+    RUN/checkpoints/step-00000500/         the same two, and trainer.json, trainer.safetensors
+
+A checkpoint is written to a folder of another name, synced, and renamed when it is complete.
+Only JSON and safetensors are ever read; neither can run code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vqlm.config import LMConfig, from_dict
+from vqlm.model import LM
+
+MODEL_TYPE = "vqlm"
+
+
+def save_model(model: LM, folder: Path) -> None:
+    """Writes ``config.json`` and ``model.safetensors`` into ``folder``, which must exist."""
+    fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(model.config)}
+    _write(folder / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
+    _write(folder / "model.safetensors", safetensors.torch.save(_on_cpu(model.state_dict())))
+
+
+def load_model(path: str | Path) -> LM:
+    """The model of a run folder or of one of its checkpoints, in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such folder, or no model in it.
+        ValueError: files that are damaged or belong to another kind or shape of model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; give a run folder (vqlm train --out)")
+    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
+    for file in (config_path, weights_path):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {file.name}: not a run folder, or its training stopped before "
+                "the first checkpoint"
+            )
+    model = LM(read_config(config_path))
+    load_weights(model, weights_path)
+    return model.eval()
+
+
+def read_config(path: Path) -> LMConfig:
+    """The ``LMConfig`` in a ``config.json``.
+
+    Raises:
+        ValueError: not JSON, another model type, or settings that ``LMConfig`` refuses.
+    """
+    fields = _read_json(path)
+    kind = fields.pop("model_type", None)
+    if kind != MODEL_TYPE:
+        raise ValueError(f"{path}: model_type is {kind!r}, wanted {MODEL_TYPE!r}")
+    return from_dict(LMConfig, fields)
+
+
+def load_weights(model: LM, path: Path) -> None:
+    """Loads ``model.safetensors`` into ``model``.
+
+    Raises:
+        ValueError: a damaged file, or tensors that are missing, left over or of another shape.
+    """
+    tensors = _read_tensors(path)
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | tensors.keys()):
+        if name not in tensors or name not in wanted:
+            where = "is missing from" if name not in tensors else "has no place for"
+            raise ValueError(f"{path}: tensor {name!r} {where} the file of this configuration")
+        if tensors[name].shape != wanted[name].shape:
+            got, want = tuple(tensors[name].shape), tuple(wanted[name].shape)
+            raise ValueError(f"{path}: tensor {name!r} has shape {got}, the config wants {want}")
+    model.load_state_dict(tensors)
+
+
+def save_checkpoint(
+    run: Path, step: int, model: LM, tensors: dict[str, Tensor], info: dict[str, Any], keep: int
+) -> Path:
+    """Writes ``RUN/checkpoints/step-N`` and then points ``RUN`` at it; keeps the newest ``keep``.
+
+    Raises:
+        OSError: nothing could be written (a full disk, say); older checkpoints are untouched.
+    """
+    final = run / "checkpoints" / f"step-{step:08d}"
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_model(model, partial)
+        _write(partial / "trainer.safetensors", safetensors.torch.save(_on_cpu(tensors)))
+        _write(partial / "trainer.json", json.dumps({"step": step, **info}, indent=2).encode())
+        _sync_folder(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync_folder(final.parent)
+        _publish(final, run)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        newest = newest_checkpoint(run)
+        kept = f"the last valid checkpoint is {newest}" if newest else "there is none yet"
+        raise OSError(error.errno, f"cannot save {final} ({error.strerror}); {kept}") from error
+    for old in complete_checkpoints(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """All checkpoints that were written to the end, oldest first."""
+    return sorted(run.glob("checkpoints/step-*"))
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint, if there is one."""
+    found = complete_checkpoints(run)
+    return found[-1] if found else None
+
+
+def load_trainer(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of the trainer as given to ``save_checkpoint``, with ``step``.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    return _read_tensors(checkpoint / "trainer.safetensors"), _read_json(
+        checkpoint / "trainer.json"
+    )
+
+
+def _publish(checkpoint: Path, run: Path) -> None:
+    """Makes the run folder's own files those of ``checkpoint``, each in one step."""
+    for name in ("config.json", "model.safetensors"):
+        partial = run / f".{name}.partial"
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(checkpoint / name, partial)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(checkpoint / name, partial)
+        os.replace(partial, run / name)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, wanted an object")
+    return content

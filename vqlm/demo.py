@@ -1,0 +1,57 @@
+"""The whole of vqlm in some minutes: train on source text, evaluate, write, compare."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from vqlm import presets
+from vqlm.checkpoint import load_model
+from vqlm.compressors import gzip_bits_per_byte, order_n_bits_per_byte, xz_bits_per_byte
+from vqlm.data import load_corpus
+from vqlm.evaluate import evaluate
+from vqlm.sample import stream_text
+from vqlm.train import Trainer
+
+PROMPT = b"def "
+
+
+def run(out: Path) -> dict[str, float]:
+    """Trains the ``demo`` preset from nothing, prints the closing table; returns its figures."""
+    model_config, train_config = presets.demo()
+    corpus = load_corpus(None)
+    shutil.rmtree(out, ignore_errors=True)
+    print(f"Text: {corpus.name}, {corpus.train.n_bytes:,} bytes to learn from.")
+    trainer = Trainer(model_config, train_config, corpus, None, out)
+    n_parameter = sum(p.numel() for p in trainer.bare_model.parameters())
+    print(f"Model: {n_parameter:,} parameters; training for {train_config.minutes} minutes.")
+    progress = trainer.fit()
+
+    model = load_model(out)
+    held_out = corpus.test
+    print(f"\nReading {held_out.n_bytes:,} bytes of held-out files ...", flush=True)
+    result = evaluate(model, held_out)
+    print(f"\nThe model continues {PROMPT.decode()!r}:\n")
+    sys.stdout.write(PROMPT.decode())
+    for piece in stream_text(model, PROMPT, 400, temperature=0.8, top_p=0.95, seed=1):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    train_text, test_text = corpus.train.text(), held_out.text()
+    figures = {
+        "vqlm, this run": result.bits_per_byte,
+        "order-3 byte frequencies": order_n_bits_per_byte(train_text, test_text, 3),
+        "gzip -9": gzip_bits_per_byte(test_text),
+        "xz -9e": xz_bits_per_byte(test_text),
+    }
+    print(f"\n\nBits per byte of the same held-out text (lower is better)\n{'-' * 42}")
+    for name, bits in figures.items():
+        print(f"{name:<30}{bits:>12.3f}")
+    state = model.state_bytes()
+    print(
+        f"{'-' * 42}\n{progress.tokens:,} bytes trained on in {progress.seconds / 60:.1f} minutes; "
+        f"its memory of a text is {state / 1e6:.2f} MB, whatever the length.\n"
+        f"Run folder: {out}   (try: vqlm sample {out} --prompt 'import ')"
+    )
+    return {**figures, "minutes": progress.seconds / 60, "tokens": progress.tokens}

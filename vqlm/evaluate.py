@@ -1,0 +1,91 @@
+"""Bits per byte of a whole split: the state is carried, sums are divided once at the end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from vqlm.codebook import CodeStats
+from vqlm.data import Split, evaluation_batches
+from vqlm.model import LM, LMState
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over a split, and how its keys used the codebooks."""
+
+    nats: float
+    """Total negative log-likelihood, ends of documents included, in nats."""
+    n_tokens: int
+    """Predicted tokens, ends of documents included."""
+    n_bytes: int
+    """Bytes of text."""
+    codebooks: tuple[CodeStats, ...]
+    """One a layer that has a codebook, without samples."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits spent for each byte of text; what ends of documents cost is charged to the text."""
+        return self.nats / (math.log(2) * self.n_bytes)
+
+    def codes_in_use(self) -> list[float]:
+        """Perplexity of code use of each VQ layer, the mean over its heads."""
+        return [stats.perplexity().mean().item() for stats in self.codebooks]
+
+    def summary(self) -> dict[str, object]:
+        """Plain numbers for JSON and logs."""
+        books = self.codebooks
+        return {
+            "bits_per_byte": self.bits_per_byte,
+            "nats_per_token": self.nats / self.n_tokens,
+            "n_tokens": self.n_tokens,
+            "n_bytes": self.n_bytes,
+            "codes_in_use": [round(x, 1) for x in self.codes_in_use()],
+            "dead_codes": [int(stats.dead().sum()) for stats in books],
+            "quantization_error": [round(s.relative_error().mean().item(), 4) for s in books],
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    model: LM,
+    split: Split,
+    *,
+    batch_size: int = 16,
+    seq_len: int = 2048,
+    max_bytes: int | None = None,
+    context_len: int | None = None,
+) -> Evaluation:
+    """Reads ``split`` once, every document from its start with all of its context.
+
+    The result does not depend on ``batch_size`` or ``seq_len``, which only cost memory; nor does
+    memory grow with the length of the text.  ``max_bytes``: the first documents only.
+    ``context_len``: forget everything after so many tokens; None: at document starts alone.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    device = next(model.parameters()).device
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    n_tokens = n_bytes = 0
+    state: LMState | None = None
+    books: list[CodeStats] = []
+    was_training = model.training
+    model.eval()
+    for batch in evaluation_batches(split, batch_size, seq_len, max_bytes, context_len):
+        batch = batch.to(device)
+        # A single document has no padding, and then there is nothing to pack.
+        mask = None if batch.mask.all() else batch.mask
+        out = model(batch.inputs, state, mask=mask, starts=batch.starts, with_stats=True)
+        state = out.state
+        logits, targets = out.logits[batch.mask].float(), batch.targets[batch.mask]
+        nats += F.cross_entropy(logits, targets, reduction="sum").double()
+        n_tokens += len(targets)
+        n_bytes += batch.n_bytes
+        seen = [s._replace(sample=s.sample[:, :0]) for s in out.stats() if s is not None]
+        books = [a.merge(b) for a, b in zip(books, seen, strict=True)] if books else seen
+    model.train(was_training)
+    return Evaluation(nats.item(), n_tokens, n_bytes, tuple(books))

@@ -1,0 +1,129 @@
+"""What a training shows and keeps of itself: a progress bar, TensorBoard events, JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqlm.codebook import CodeStats
+from vqlm.evaluate import Evaluation
+
+
+@dataclass
+class Progress:
+    """Where a training is; all of it is in a checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens trained on."""
+    seconds: float = 0.0
+    """Time spent in ``fit``, over all its runs."""
+
+
+class StepSums(NamedTuple):
+    """What one optimizer step tells; tensors stay on the device until a line is written."""
+
+    nats: Tensor
+    """Sum of the cross-entropy over the batch."""
+    norm: Tensor
+    """Global norm of the gradient before clipping."""
+    n_bytes: int
+    """Bytes of text in the batch."""
+    rate: float
+    """Learning rate."""
+    stats: tuple[CodeStats | None, ...]
+    """Codebook statistics of the batch, one a layer."""
+
+
+class RunLog:
+    """Writes ``RUN/metrics.jsonl`` and TensorBoard events, and shows a bar on a terminal.
+
+    Where standard error is no terminal, a plain line stands in for the bar now and then.
+    """
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        run.mkdir(parents=True, exist_ok=True)
+        self._events = SummaryWriter(str(run / "events"))
+        self._lines = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._bar = tqdm(total=1.0, disable=None, bar_format="{desc} |{bar}| {percentage:3.0f}%")
+        self._pending: list[StepSums] = []
+        self._last_line = 0.0
+        self._tokens_before: tuple[int, float] | None = None
+
+    def add(self, sums: StepSums) -> None:
+        """Takes note of a step; nothing is computed yet."""
+        self._pending.append(sums)
+
+    def write(self, progress: Progress, share: float) -> None:
+        """Writes the mean of the steps added since the last call."""
+        nats = torch.stack([sums.nats for sums in self._pending]).sum().item()
+        bits = nats / (math.log(2) * sum(sums.n_bytes for sums in self._pending))
+        last = self._pending[-1]
+        books = [stats for stats in last.stats if stats is not None]
+        tokens, seconds = self._tokens_before or (0, 0.0)
+        speed = (progress.tokens - tokens) / max(progress.seconds - seconds, 1e-9)
+        self._tokens_before = progress.tokens, progress.seconds
+        left = progress.seconds * (1 - share) / max(share, 1e-9)
+        numbers = {
+            "train/bits_per_byte": bits,
+            "train/learning_rate": last.rate,
+            "train/gradient_norm": last.norm.item(),
+            "train/tokens_per_second": speed,
+        }
+        for layer, stats in enumerate(books):
+            numbers[f"codes_in_use/layer{layer}"] = stats.perplexity().mean().item()
+            numbers[f"quantization_error/layer{layer}"] = stats.relative_error().mean().item()
+        self._record(progress, numbers)
+        self._pending.clear()
+        text = (
+            f"step {progress.step}  {bits:.3f} bits/byte  {speed:,.0f} tokens/s  "
+            f"{_clock(progress.seconds)} gone, {_clock(left)} left"
+        )
+        self._bar.n = round(min(share, 1.0), 4)
+        self._bar.set_description_str(text)
+        if self._bar.disable and time.monotonic() - self._last_line > 15:
+            self.note(text)
+            self._last_line = time.monotonic()
+
+    def validation(self, progress: Progress, result: Evaluation) -> None:
+        """Writes a look at the validation split."""
+        numbers = {"validation/bits_per_byte": result.bits_per_byte}
+        for layer, perplexity in enumerate(result.codes_in_use()):
+            numbers[f"validation_codes_in_use/layer{layer}"] = perplexity
+        self._record(progress, numbers)
+        self.note(f"step {progress.step}  validation {result.bits_per_byte:.3f} bits/byte")
+
+    def note(self, text: str) -> None:
+        """Shows a line above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self._bar.close()
+        self._lines.close()
+        self._events.close()
+
+    def _record(self, progress: Progress, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self._events.add_scalar(name, value, progress.step)
+        line = {"step": progress.step, "seconds": round(progress.seconds, 2), **numbers}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,287 @@
+"""Training: one optimizer step at a time over contiguous lanes, state carried between steps.
+
+Reading order: ``Trainer.step`` (the mathematics), ``Trainer.fit`` (the loop).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from vqlm import checkpoint
+from vqlm.codebook import CodeStats
+from vqlm.config import LMConfig, TrainConfig
+from vqlm.data import Batch, Corpus, Lanes
+from vqlm.evaluate import Evaluation, evaluate
+from vqlm.model import LM, LMState
+from vqlm.runlog import Progress, RunLog, StepSums
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+class Trainer:
+    """A model, its optimizer, its place in the data, and a run folder to save them to.
+
+    Raises:
+        ValueError: data shorter than a window of every lane.
+    """
+
+    def __init__(
+        self, model_config: LMConfig, config: TrainConfig, corpus: Corpus, source: str | None,
+        out: Path,
+    ) -> None:  # fmt: skip
+        self.config, self.corpus, self.source, self.out = config, corpus, source, out
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bfloat16" else "no"
+        )
+        if "softmax" in model_config.mixers and config.context_len is None:
+            raise ValueError(
+                "a softmax mixer remembers every token, so its state would grow without end; "
+                f"set context_len, a multiple of seq_len={config.seq_len}"
+            )
+        torch.manual_seed(config.seed)
+        self.lanes = Lanes(corpus.train, config.batch_size, config.seq_len)
+        model = LM(model_config)
+        model.checkpointing = config.checkpointing
+        self.model, self.optimizer = self.accelerator.prepare(model, _optimizer(model, config))
+        self.states: list[LMState | None] = [None] * config.accumulate
+        self.progress = Progress()
+        self.health = torch.zeros((), device=self.accelerator.device)
+        self.stop_requested = False
+
+    @property
+    def bare_model(self) -> LM:
+        """The model without what Accelerate wrapped around it."""
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, LM)
+        return model
+
+    def share_done(self) -> float:
+        """How much of the training is behind us, by steps or by time, whichever is more."""
+        share = self.progress.step / self.config.steps
+        if self.config.minutes is not None:
+            share = max(share, self.progress.seconds / (60 * self.config.minutes))
+        return share
+
+    def step(self, batch: Batch) -> StepSums:
+        """One optimizer step and one codebook update; returns sums over the batch, on the device.
+
+        loss = mean over tokens of (cross-entropy + commitment weight * sum over layers |k-k_hat|^2)
+        """
+        rate = self.config.rate(self.progress.step, self.share_done())
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = batch.to(self.accelerator.device)
+        n_token = batch.targets.numel()
+        context_len = self.config.context_len
+        if context_len and self.progress.step * self.config.seq_len % context_len == 0:
+            self.states = [None] * self.config.accumulate
+        nats, stats = self.health.new_zeros(()), None
+        rows = self.config.batch_size // self.config.accumulate
+        for part in range(self.config.accumulate):
+            cut = slice(part * rows, (part + 1) * rows)
+            out = self.model(batch.inputs[cut], self.states[part], starts=batch.starts[cut])
+            self.states[part] = out.state.detach()
+            loss = F.cross_entropy(
+                out.logits.flatten(0, 1).float(), batch.targets[cut].flatten(), reduction="sum"
+            )
+            nats = nats + loss.detach()
+            loss = (loss + self.config.commitment * out.commitment()) / n_token
+            self.accelerator.backward(loss)
+            stats = out.stats() if stats is None else _merge(stats, out.stats())
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        assert norm is not None and stats is not None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bare_model.update_codebooks_(
+            stats, self.config.codebook_decay, self.config.revive_below
+        )
+        # A product with 0 keeps NaN and infinity and nothing else: one number to look at later,
+        # without waiting for the device at every step.
+        self.health = self.health + 0 * (nats + norm)
+        self.progress.step += 1
+        self.progress.tokens += n_token
+        return StepSums(nats, norm, batch.n_bytes, rate, stats)
+
+    def require_finite(self) -> None:
+        """Raises ``TrainingDiverged`` if any step so far had a loss or gradient not finite."""
+        if bool(torch.isfinite(self.health)):
+            return
+        newest = checkpoint.newest_checkpoint(self.out)
+        kept = f"the last good checkpoint is {newest}" if newest else "nothing was saved yet"
+        raise TrainingDiverged(
+            f"loss or gradient is not finite by step {self.progress.step}; {kept}. Try a lower "
+            f"learning_rate (now {self.config.learning_rate}), more warmup_steps, or a smaller "
+            "clip_norm"
+        )
+
+    def save(self) -> Path:
+        """Writes a checkpoint of everything that ``resume`` needs.
+
+        Raises:
+            TrainingDiverged: rather than save a model that is not finite.
+            OSError: the disk is full, say; older checkpoints stay valid.
+        """
+        self.require_finite()
+        tensors = {"random_state": torch.get_rng_state()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": x for name, x in entry.items()}
+        for part, state in enumerate(self.states):
+            for index, x in enumerate(state.tensors() if state is not None else []):
+                tensors[f"state/{part}/{index}"] = x
+        info = {
+            "train": dataclasses.asdict(self.config),
+            "data": self.source,
+            "fingerprint": self.corpus.fingerprint,
+            "lanes": self.lanes.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+        }
+        step = self.progress.step
+        return checkpoint.save_checkpoint(
+            self.out, step, self.bare_model, tensors, info, self.config.keep
+        )
+
+    def resume(self) -> None:
+        """Takes up the newest checkpoint of the run folder, as if there had been no stop.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, of another model, or its text has changed since.
+        """
+        folder = checkpoint.newest_checkpoint(self.out)
+        if folder is None:
+            raise FileNotFoundError(f"{self.out} has no checkpoint to resume from")
+        _require_same(checkpoint.read_config(folder / "config.json"), self.bare_model.config)
+        tensors, info = checkpoint.load_trainer(folder)
+        if info["fingerprint"] != self.corpus.fingerprint:
+            raise ValueError(
+                f"{folder} was trained on other text than {self.corpus.name} is now; "
+                "give --data as it was, or start a new run with another --out"
+            )
+        checkpoint.load_weights(self.bare_model, folder / "model.safetensors")
+        whole = self.optimizer.state_dict()
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, x in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                entries.setdefault(int(index), {})[key] = x
+        self.optimizer.load_state_dict({**whole, "state": entries})
+        rows = self.config.batch_size // self.config.accumulate
+        empty = self.bare_model.init_state(rows)
+        device = self.accelerator.device
+        for part in range(self.config.accumulate):
+            names = [f"state/{part}/{index}" for index in range(len(empty.tensors()))]
+            if names[0] in tensors:
+                old = [tensors[name].to(device) for name in names]
+                self.states[part] = empty.replace_tensors(old)
+        self.lanes.load_state_dict(info["lanes"])
+        self.progress = Progress(**info["progress"])
+        torch.set_rng_state(tensors["random_state"])
+
+    def fit(self) -> Progress:
+        """Trains to the end, or until Ctrl-C; logs, validates and saves on the way.
+
+        Raises:
+            TrainingDiverged: the loss is not finite; the last good checkpoint stays.
+            OSError: the last checkpoint could not be written.
+        """
+        if self.progress.step == 0 and self.config.codebook_start == "kmeans":
+            first = Lanes(self.corpus.train, self.config.batch_size, self.config.seq_len)
+            batch = first.next_batch().to(self.accelerator.device)
+            self.bare_model.initialize_codebooks_(
+                batch.inputs, self.config.seed, starts=batch.starts
+            )
+        self.model.train()
+        with self._stop_on_interrupt(), contextlib.closing(RunLog(self.out)) as log:
+            while self.share_done() < 1 and not self.stop_requested:
+                began = time.monotonic()
+                log.add(self.step(self.lanes.next_batch()))
+                self.progress.seconds += time.monotonic() - began
+                self._after_step(log)
+            self.save()
+        return self.progress
+
+    def _after_step(self, log: RunLog) -> None:
+        def due(every: int) -> bool:
+            return self.progress.step % every == 0
+
+        if due(self.config.log_every):
+            self.require_finite()
+            log.write(self.progress, self.share_done())
+        if due(self.config.eval_every):
+            log.validation(self.progress, self.validate())
+        if due(self.config.save_every) and self.share_done() < 1:
+            try:
+                self.save()
+            except OSError as error:
+                log.note(f"warning: {error}; training goes on")
+
+    def validate(self) -> Evaluation:
+        """A look at the beginning of the validation split."""
+        return evaluate(
+            self.bare_model, self.corpus.validation, seq_len=self.config.seq_len,
+            batch_size=self.config.batch_size, max_bytes=self.config.eval_bytes,
+            context_len=self.config.context_len,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _stop_on_interrupt(self) -> Iterator[None]:
+        """The first Ctrl-C ends training after the step under way, a second one at once."""
+
+        def on_interrupt(number: int, frame: FrameType | None) -> None:
+            self.stop_requested = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        try:
+            before = signal.signal(signal.SIGINT, on_interrupt)
+        except ValueError:  # not in the main thread, where there is no Ctrl-C to catch
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _optimizer(model: LM, config: TrainConfig) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+
+
+def _merge(
+    a: tuple[CodeStats | None, ...], b: tuple[CodeStats | None, ...]
+) -> tuple[CodeStats | None, ...]:
+    return tuple(
+        x.merge(y) if x is not None and y is not None else None for x, y in zip(a, b, strict=True)
+    )
+
+
+def _require_same(saved: LMConfig, wanted: LMConfig) -> None:
+    differ = [
+        f"{f.name} is {getattr(saved, f.name)!r} there and {getattr(wanted, f.name)!r} here"
+        for f in dataclasses.fields(LMConfig)
+        if getattr(saved, f.name) != getattr(wanted, f.name)
+    ]
+    if differ:
+        raise ValueError(
+            f"the checkpoint is of another model: {'; '.join(differ)}. Resume without overriding "
+            "the model, or start a new run with another --out"
+        )
