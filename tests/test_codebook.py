@@ -129,7 +129,7 @@ def test_statistics_carry_no_gradient_and_change_nothing() -> None:
 
 def test_merged_statistics_are_those_of_all_tokens() -> None:
     book, keys, valid = make()
-    parts = [book(k, book.codes(), v).stats for k, v in zip(keys[:, None], valid[:, None])]
+    parts = [book(keys[i : i + 1], book.codes(), valid[i : i + 1]).stats for i in range(B)]
     whole = book(keys, book.codes(), valid).stats
     merged = parts[0].merge(parts[1])
     assert_close(merged[:4], whole[:4], **EXACT)
@@ -232,9 +232,9 @@ def test_revival_moves_dead_codes_alone() -> None:
     for g, s in ((1, 2), (2, 0), (2, 5)):
         assert (codes[g, s] - sample[g]).abs().sum(-1).min() < 1e-12
         assert book.key_count[g, s] == twin.key_count[g].mean()
-    worst = (sample[1] - look_up(twin.codes(), nearest_code(sample[None], twin.codes()))[0, 1]).norm(
-        dim=-1
-    )
+    worst = (
+        sample[1] - look_up(twin.codes(), nearest_code(sample[None], twin.codes()))[0, 1]
+    ).norm(dim=-1)
     assert_close(codes[1, 2], sample[1, worst.argmax()], **EXACT)
 
 

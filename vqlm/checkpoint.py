@@ -25,6 +25,8 @@ from vqlm.model import LM
 
 MODEL_TYPE = "vqlm"
 
+_TRAINER_KEYS = ("step", "train", "data", "fingerprint", "lanes", "progress")
+
 
 def save_model(model: LM, folder: Path) -> None:
     """Writes ``config.json`` and ``model.safetensors`` into ``folder``, which must exist."""
@@ -65,7 +67,10 @@ def read_config(path: Path) -> LMConfig:
     kind = fields.pop("model_type", None)
     if kind != MODEL_TYPE:
         raise ValueError(f"{path}: model_type is {kind!r}, wanted {MODEL_TYPE!r}")
-    return from_dict(LMConfig, fields)
+    try:
+        return from_dict(LMConfig, fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_weights(model: LM, path: Path) -> None:
@@ -78,8 +83,8 @@ def load_weights(model: LM, path: Path) -> None:
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or name not in wanted:
-            where = "is missing from" if name not in tensors else "has no place for"
-            raise ValueError(f"{path}: tensor {name!r} {where} the file of this configuration")
+            lack = "is missing" if name not in tensors else "has no place in this config's model"
+            raise ValueError(f"{path}: tensor {name!r} {lack}")
         if tensors[name].shape != wanted[name].shape:
             got, want = tuple(tensors[name].shape), tuple(wanted[name].shape)
             raise ValueError(f"{path}: tensor {name!r} has shape {got}, the config wants {want}")
@@ -96,15 +101,19 @@ def save_checkpoint(
     """
     final = run / "checkpoints" / f"step-{step:08d}"
     partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    replaced = final.with_name(f".{final.name}.replaced")
+    for left_over in run.glob("checkpoints/.step-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         save_model(model, partial)
         _write(partial / "trainer.safetensors", safetensors.torch.save(_on_cpu(tensors)))
         _write(partial / "trainer.json", json.dumps({"step": step, **info}, indent=2).encode())
         _sync_folder(partial)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
         partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         _sync_folder(final.parent)
         _publish(final, run)
     except OSError as error:
@@ -134,9 +143,11 @@ def load_trainer(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: a damaged file.
     """
-    return _read_tensors(checkpoint / "trainer.safetensors"), _read_json(
-        checkpoint / "trainer.json"
-    )
+    path = checkpoint / "trainer.json"
+    info = _read_json(path)
+    if lacking := [key for key in _TRAINER_KEYS if key not in info]:
+        raise ValueError(f"{path} is damaged: it has no {' and no '.join(lacking)}")
+    return _read_tensors(checkpoint / "trainer.safetensors"), info
 
 
 def _publish(checkpoint: Path, run: Path) -> None:

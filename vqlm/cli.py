@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"vqlm {args.command}: error: {error}", file=sys.stderr)
         return EXIT_DIVERGED
-    if args.json:
+    if args.json and args.command != "bench":  # which prints its line of JSON itself
         print(json.dumps(result))
     return EXIT_INTERRUPTED if result.get("interrupted") else 0
 
@@ -61,8 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train, evaluate, sample and compare in some minutes")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder, made anew")
     demo.set_defaults(run=_demo)
-    for command in commands.choices.values():
-        command.add_argument("--json", action="store_true", help="last line: one JSON object")
+    for name, command in commands.choices.items():
+        if name != "bench":  # it has its own
+            command.add_argument("--json", action="store_true", help="last line: one JSON object")
     return parser
 
 
@@ -83,7 +84,7 @@ def _add_train(commands: Any) -> None:
         "what", nargs="*", metavar="PRESET | key=value", help="preset (default: mini) and settings"
     )
     train.add_argument("--data", help="file or folder; default: Python's own standard library")
-    train.add_argument("--out", type=Path, default=Path("runs/latest"), help="new run folder")
+    train.add_argument("--out", type=Path, help="new run folder; default: runs/latest")
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
     train.set_defaults(run=_train)
 
@@ -95,7 +96,7 @@ def _add_eval(commands: Any) -> None:
     evaluation.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="default: test"
     )
-    evaluation.add_argument("--seq-len", type=int, default=2048, help="tokens in one call")
+    evaluation.add_argument("--seq-len", type=int, default=512, help="tokens in one call")
     evaluation.add_argument(
         "--context", type=int, help="forget everything after so many tokens; default: carry on"
     )
@@ -132,12 +133,15 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     pairs = dict(word.split("=", 1) for word in args.what if "=" in word)
     if len(names) > 1:
         raise ValueError(f"one preset at most, got {' and '.join(names)}")
-    source, out = args.data, args.out
+    source, out = args.data, args.out or Path("runs/latest")
     if args.resume is None:
         model_config, config = presets.get(names[0] if names else "mini")
         if checkpoint.newest_checkpoint(out) is not None:
             raise ValueError(f"{out} already holds a run; use --resume {out}, or another --out")
     else:
+        if names or args.out:
+            extra = f"preset {names[0]!r}" if names else f"--out {args.out}"
+            raise ValueError(f"--resume goes on with the run as it is; leave out {extra}")
         out = args.resume
         newest = checkpoint.newest_checkpoint(out)
         if newest is None:
@@ -185,6 +189,8 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
 
     model = checkpoint.load_model(args.run_folder)
     newest = checkpoint.newest_checkpoint(args.run_folder)
+    if newest is None and (args.run_folder / "trainer.json").is_file():
+        newest = args.run_folder  # one checkpoint of a run
     info = checkpoint.load_trainer(newest)[1] if newest else {}
     corpus = load_corpus(args.data or info.get("data"))
     context = args.context
@@ -214,8 +220,8 @@ def _sample(args: argparse.Namespace) -> dict[str, Any]:
         load_model(args.run_folder), args.prompt.encode(), args.tokens,
         temperature=args.temperature, top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
-    text = ""
-    sys.stdout.write(args.prompt)
+    text = next(pieces, "")  # settings are looked at before anything is printed
+    sys.stdout.write(args.prompt + text)
     for piece in pieces:
         text += piece
         sys.stdout.write(piece)

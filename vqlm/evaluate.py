@@ -55,7 +55,7 @@ def evaluate(
     split: Split,
     *,
     batch_size: int = 16,
-    seq_len: int = 2048,
+    seq_len: int = 512,
     max_bytes: int | None = None,
     context_len: int | None = None,
 ) -> Evaluation:
@@ -69,23 +69,25 @@ def evaluate(
         ValueError: a size below 1.
     """
     device = next(model.parameters()).device
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    n_tokens = n_bytes = 0
+    nats, n_tokens, n_bytes = 0.0, 0, 0
     state: LMState | None = None
     books: list[CodeStats] = []
+    batches = evaluation_batches(split, batch_size, seq_len, max_bytes, context_len)
     was_training = model.training
     model.eval()
-    for batch in evaluation_batches(split, batch_size, seq_len, max_bytes, context_len):
+    for batch in batches:
         batch = batch.to(device)
         # A single document has no padding, and then there is nothing to pack.
         mask = None if batch.mask.all() else batch.mask
         out = model(batch.inputs, state, mask=mask, starts=batch.starts, with_stats=True)
         state = out.state
-        logits, targets = out.logits[batch.mask].float(), batch.targets[batch.mask]
-        nats += F.cross_entropy(logits, targets, reduction="sum").double()
+        logits, targets = out.logits[batch.mask], batch.targets[batch.mask]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # Summed up in Python's float64, which not every device has.
+        nats += F.cross_entropy(logits, targets, reduction="sum").item()
         n_tokens += len(targets)
         n_bytes += batch.n_bytes
         seen = [s._replace(sample=s.sample[:, :0]) for s in out.stats() if s is not None]
         books = [a.merge(b) for a, b in zip(books, seen, strict=True)] if books else seen
     model.train(was_training)
-    return Evaluation(nats.item(), n_tokens, n_bytes, tuple(books))
+    return Evaluation(nats, n_tokens, n_bytes, tuple(books))

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import LMConfig
-from vqlm.layers import Norm, SwiGLU, sinusoid
+from vqlm.layers import Norm, Projected, SwiGLU, sinusoid
 from vqlm.sampling import pick
 from vqlm.segments import Segments
 from vqlm.softmax import SoftmaxAttention, SoftmaxState, WindowAttention
@@ -239,23 +239,27 @@ class LM(nn.Module):
     def initialize_codebooks_(self, tokens: Int[Tensor, "B T"], seed: int, **context: Any) -> None:
         """Sets every codebook to k-means centroids of the keys that ``tokens`` produce.
 
-        One forward pass, each codebook set just before it is first used, so that deeper layers
-        see the quantized output of those before.  ``context``: mask and starts, as in ``forward``.
+        One forward pass, each codebook set as soon as the keys are known, before its layer reads
+        it, so that deeper layers see the output of those before as it will be.
+        ``context``: mask and starts, as in ``forward``.
 
         Raises:
             ValueError: fewer tokens than codes.
         """
         generator = torch.Generator().manual_seed(seed)
+        valid = Segments.of(context.get("mask")).valid(tokens.shape[1], tokens.device)
+        real = valid.expand(tokens.shape).flatten()
 
-        def set_first(book: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            assert isinstance(book, Codebook)
-            keys, _, valid = inputs[:3]
-            real = valid.expand(keys.shape[0], -1).flatten()
-            book.initialize_(keys.transpose(0, 1).flatten(1, 2)[:, real], generator)
-            return (keys, book.codes(), *inputs[2:])
+        def fit(book: Codebook, projected: Projected) -> None:
+            keys = projected.key.transpose(0, 1).flatten(1, 2)
+            book.initialize_(keys[:, real], generator)
 
-        books = [book for book in self.codebooks() if book is not None]
-        hooks = [book.register_forward_pre_hook(set_first) for book in books]
+        mixers = [layer.mixer for layer in self._layers()]
+        hooks = [
+            mixer.project.register_forward_hook(lambda _, __, out, m=mixer: fit(m.codebook, out))
+            for mixer in mixers
+            if isinstance(mixer, VQAttention)
+        ]
         try:
             self(tokens, with_stats=False, **context)
         finally:

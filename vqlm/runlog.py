@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -67,9 +68,11 @@ class RunLog:
         self._pending.append(sums)
 
     def write(self, progress: Progress, share: float) -> None:
-        """Writes the mean of the steps added since the last call."""
+        """Writes the mean of the steps added since the last call, if there are any."""
+        if not self._pending:
+            return
         nats = torch.stack([sums.nats for sums in self._pending]).sum().item()
-        bits = nats / (math.log(2) * sum(sums.n_bytes for sums in self._pending))
+        bits = nats / (math.log(2) * max(1, sum(sums.n_bytes for sums in self._pending)))
         last = self._pending[-1]
         books = [stats for stats in last.stats if stats is not None]
         tokens, seconds = self._tokens_before or (0, 0.0)
@@ -112,15 +115,19 @@ class RunLog:
     def close(self) -> None:
         """Flushes and closes everything."""
         self._bar.close()
-        self._lines.close()
-        self._events.close()
+        for file in (self._lines, self._events):
+            with contextlib.suppress(OSError):  # a full disk, of which `_record` has warned
+                file.close()
 
     def _record(self, progress: Progress, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            self._events.add_scalar(name, value, progress.step)
         line = {"step": progress.step, "seconds": round(progress.seconds, 2), **numbers}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
+        try:
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, progress.step)
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
+        except OSError as error:  # a full disk must not end a training
+            self.note(f"warning: cannot write the log ({error.strerror}); training goes on")
 
 
 def _clock(seconds: float) -> str:

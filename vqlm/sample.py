@@ -25,8 +25,10 @@ def stream_text(
     Ends early where the model ends the document.  Bytes that are no UTF-8 become U+FFFD.
 
     Raises:
-        ValueError: settings that ``sampling.pick`` refuses.
+        ValueError: a negative ``n_token``, or settings that ``sampling.pick`` refuses.
     """
+    if n_token < 0:
+        raise ValueError(f"n_token={n_token}, but it must be 0 or more")
     device = next(model.parameters()).device
     generator = torch.Generator(device)
     if seed is None:

@@ -31,9 +31,9 @@ def pick(
     """Draws one token a row; ``temperature`` 0 takes the most probable.
 
     Raises:
-        ValueError: a negative temperature, or ``top_p`` outside (0, 1].
+        ValueError: no temperature of at least 0, or ``top_p`` outside (0, 1].
     """
-    if temperature < 0:
+    if not temperature >= 0:  # so that not-a-number is refused too
         raise ValueError(f"temperature={temperature}, but it must be 0 (greedy) or positive")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}, but it must be in (0, 1]; 1 keeps every token")

@@ -9,33 +9,35 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from vqlm import checkpoint
 from vqlm.codebook import CodeStats
 from vqlm.config import LMConfig, TrainConfig
-from vqlm.data import Batch, Corpus, Lanes
+from vqlm.data import VOCAB_SIZE, Batch, Corpus, Lanes
 from vqlm.evaluate import Evaluation, evaluate
 from vqlm.model import LM, LMState
 from vqlm.runlog import Progress, RunLog, StepSums
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is no longer a finite number."""
+    """The loss, the gradient or the model is no longer finite."""
 
 
 class Trainer:
     """A model, its optimizer, its place in the data, and a run folder to save them to.
 
     Raises:
-        ValueError: data shorter than a window of every lane.
+        ValueError: data shorter than a window of every lane, or a model that cannot read it.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class Trainer:
         out: Path,
     ) -> None:  # fmt: skip
         self.config, self.corpus, self.source, self.out = config, corpus, source, out
+        # Accelerate refuses a second precision in one process otherwise.
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.precision == "bfloat16" else "no"
         )
@@ -51,6 +55,11 @@ class Trainer:
                 "a softmax mixer remembers every token, so its state would grow without end; "
                 f"set context_len, a multiple of seq_len={config.seq_len}"
             )
+        if model_config.vocab_size < VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size={model_config.vocab_size}, but text has ids up to {VOCAB_SIZE - 1}; "
+                f"leave vocab_size at {VOCAB_SIZE} or more"
+            )
         torch.manual_seed(config.seed)
         self.lanes = Lanes(corpus.train, config.batch_size, config.seq_len)
         model = LM(model_config)
@@ -58,6 +67,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, _optimizer(model, config))
         self.states: list[LMState | None] = [None] * config.accumulate
         self.progress = Progress()
+        self.saved_step: int | None = None
         self.health = torch.zeros((), device=self.accelerator.device)
         self.stop_requested = False
 
@@ -94,8 +104,9 @@ class Trainer:
             cut = slice(part * rows, (part + 1) * rows)
             out = self.model(batch.inputs[cut], self.states[part], starts=batch.starts[cut])
             self.states[part] = out.state.detach()
+            # The logits are float32 in any precision: Accelerate widens what a model returns.
             loss = F.cross_entropy(
-                out.logits.flatten(0, 1).float(), batch.targets[cut].flatten(), reduction="sum"
+                out.logits.flatten(0, 1), batch.targets[cut].flatten(), reduction="sum"
             )
             nats = nats + loss.detach()
             loss = (loss + self.config.commitment * out.commitment()) / n_token
@@ -115,16 +126,17 @@ class Trainer:
         self.progress.tokens += n_token
         return StepSums(nats, norm, batch.n_bytes, rate, stats)
 
-    def require_finite(self) -> None:
-        """Raises ``TrainingDiverged`` if any step so far had a loss or gradient not finite."""
-        if bool(torch.isfinite(self.health)):
+    def require_finite(self, tensors: Iterable[Tensor] = ()) -> None:
+        """Raises ``TrainingDiverged`` if any step so far had a loss or gradient not finite, or if
+        one of ``tensors`` is not; waits for the device."""
+        if all(bool(torch.isfinite(x).all()) for x in (self.health, *tensors)):
             return
         newest = checkpoint.newest_checkpoint(self.out)
         kept = f"the last good checkpoint is {newest}" if newest else "nothing was saved yet"
         raise TrainingDiverged(
-            f"loss or gradient is not finite by step {self.progress.step}; {kept}. Try a lower "
-            f"learning_rate (now {self.config.learning_rate}), more warmup_steps, or a smaller "
-            "clip_norm"
+            f"loss, gradient or model is not finite by step {self.progress.step}; {kept}. Try a "
+            f"lower learning_rate (now {self.config.learning_rate}), more warmup_steps, or a "
+            "smaller clip_norm"
         )
 
     def save(self) -> Path:
@@ -134,13 +146,15 @@ class Trainer:
             TrainingDiverged: rather than save a model that is not finite.
             OSError: the disk is full, say; older checkpoints stay valid.
         """
-        self.require_finite()
         tensors = {"random_state": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            tensors["random_state_cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
         for index, entry in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{name}": x for name, x in entry.items()}
         for part, state in enumerate(self.states):
             for index, x in enumerate(state.tensors() if state is not None else []):
                 tensors[f"state/{part}/{index}"] = x
+        self.require_finite([*self.bare_model.state_dict().values(), *tensors.values()])
         info = {
             "train": dataclasses.asdict(self.config),
             "data": self.source,
@@ -149,46 +163,73 @@ class Trainer:
             "progress": dataclasses.asdict(self.progress),
         }
         step = self.progress.step
-        return checkpoint.save_checkpoint(
+        folder = checkpoint.save_checkpoint(
             self.out, step, self.bare_model, tensors, info, self.config.keep
         )
+        self.saved_step = step
+        return folder
 
     def resume(self) -> None:
         """Takes up the newest checkpoint of the run folder, as if there had been no stop.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is damaged, of another model, or its text has changed since.
+            ValueError: it is damaged, of another model, cut in other batches, or its text has
+                changed since.
         """
         folder = checkpoint.newest_checkpoint(self.out)
         if folder is None:
             raise FileNotFoundError(f"{self.out} has no checkpoint to resume from")
         _require_same(checkpoint.read_config(folder / "config.json"), self.bare_model.config)
         tensors, info = checkpoint.load_trainer(folder)
+        try:
+            self._require_same_data(folder, info)
+            checkpoint.load_weights(self.bare_model, folder / "model.safetensors")
+            self.progress = Progress(**info["progress"])
+            if self.progress.step > 0:
+                self._load_optimizer(tensors)
+                self._load_states(tensors)
+            self.lanes.load_state_dict(info["lanes"])
+            torch.set_rng_state(tensors["random_state"])
+            if self.accelerator.device.type == "cuda" and "random_state_cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random_state_cuda"], self.accelerator.device)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / 'trainer.json'} and trainer.safetensors are damaged or of another "
+                f"version: {error}; move {folder} away to resume from the checkpoint before it"
+            ) from error
+        self.saved_step = self.progress.step
+
+    def _require_same_data(self, folder: Path, info: dict[str, Any]) -> None:
         if info["fingerprint"] != self.corpus.fingerprint:
             raise ValueError(
                 f"{folder} was trained on other text than {self.corpus.name} is now; "
                 "give --data as it was, or start a new run with another --out"
             )
-        checkpoint.load_weights(self.bare_model, folder / "model.safetensors")
+        for name in ("batch_size", "seq_len", "accumulate"):
+            old, new = info["train"][name], getattr(self.config, name)
+            if old != new:
+                raise ValueError(
+                    f"{folder} has its place in the text and its carried states for {name}={old}, "
+                    f"not {new}; resume without changing it, or start a new run"
+                )
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         whole = self.optimizer.state_dict()
         entries: dict[int, dict[str, Tensor]] = {}
-        for name, x in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                entries.setdefault(int(index), {})[key] = x
+        for index in [index for group in whole["param_groups"] for index in group["params"]]:
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            entries[index] = {key: tensors[f"optimizer/{index}/{key}"] for key in keys}
         self.optimizer.load_state_dict({**whole, "state": entries})
+
+    def _load_states(self, tensors: dict[str, Tensor]) -> None:
         rows = self.config.batch_size // self.config.accumulate
         empty = self.bare_model.init_state(rows)
         device = self.accelerator.device
         for part in range(self.config.accumulate):
             names = [f"state/{part}/{index}" for index in range(len(empty.tensors()))]
-            if names[0] in tensors:
-                old = [tensors[name].to(device) for name in names]
-                self.states[part] = empty.replace_tensors(old)
-        self.lanes.load_state_dict(info["lanes"])
-        self.progress = Progress(**info["progress"])
-        torch.set_rng_state(tensors["random_state"])
+            old = [tensors[name].to(device) for name in names]
+            self.states[part] = empty.replace_tensors(old)
 
     def fit(self) -> Progress:
         """Trains to the end, or until Ctrl-C; logs, validates and saves on the way.
@@ -208,25 +249,29 @@ class Trainer:
             while self.share_done() < 1 and not self.stop_requested:
                 began = time.monotonic()
                 log.add(self.step(self.lanes.next_batch()))
+                if self._due(self.config.log_every):
+                    self.require_finite()
                 self.progress.seconds += time.monotonic() - began
                 self._after_step(log)
-            self.save()
+            log.write(self.progress, self.share_done())
+            if self.saved_step != self.progress.step:
+                self.save()
         return self.progress
 
     def _after_step(self, log: RunLog) -> None:
-        def due(every: int) -> bool:
-            return self.progress.step % every == 0
-
-        if due(self.config.log_every):
-            self.require_finite()
+        if self._due(self.config.log_every):
             log.write(self.progress, self.share_done())
-        if due(self.config.eval_every):
+        if self._due(self.config.eval_every):
+            self.require_finite()
             log.validation(self.progress, self.validate())
-        if due(self.config.save_every) and self.share_done() < 1:
+        if self._due(self.config.save_every) and self.share_done() < 1:
             try:
                 self.save()
             except OSError as error:
                 log.note(f"warning: {error}; training goes on")
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0
 
     def validate(self) -> Evaluation:
         """A look at the beginning of the validation split."""

@@ -1,0 +1,295 @@
+"""Training is the same mathematics however it is stopped, cut or recomputed, and it learns."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import (
+    ALL_OF_IT,
+    DROPOUT,
+    TRAIN,
+    after_step,
+    assert_same,
+    corpus,
+    everything,
+    fit,
+    trainer,
+)
+from torch.testing import assert_close
+
+from vqlm import checkpoint
+from vqlm.config import TrainConfig
+from vqlm.data import Corpus, Lanes, load_corpus
+
+MIXERS: dict[str, dict[str, Any]] = {
+    "vq": dict(mixers=("vq",)),
+    "gau": dict(mixers=("vq",), layer="gau", n_head=1),
+    "softmax": dict(mixers=("softmax",)),
+    "window": dict(mixers=("window",)),
+    "mixed": dict(mixers=("window", "vq")),
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Corpus:
+    return corpus(tmp_path / "texts")
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("mixers", "stop_after"), [*((name, 3) for name in MIXERS), ("vq", 1), ("vq", 4)]
+)
+def test_stop_and_resume_is_as_if_there_had_been_no_stop(
+    mixers: str, stop_after: int, data: Corpus, tmp_path: Path
+) -> None:
+    model = MIXERS[mixers] | DROPOUT
+    whole = trainer(data, tmp_path / "whole", model, **ALL_OF_IT)
+    wanted = fit(whole)
+
+    first = trainer(data, tmp_path / "cut", model, **ALL_OF_IT)
+    losses = fit(first, stop_after)
+    assert len(losses) == stop_after
+
+    second = trainer(data, tmp_path / "cut", model, **ALL_OF_IT)
+    torch.manual_seed(12345)
+    second.resume()
+    assert_same(everything(second), everything(first))
+    assert second.progress == first.progress
+    assert losses + fit(second) == wanted
+    assert_same(everything(second), everything(whole))
+
+
+def test_a_finished_run_resumes_to_nothing(data: Corpus, tmp_path: Path) -> None:
+    done = trainer(data, tmp_path / "run")
+    done.fit()
+    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    stamp = newest.stat().st_ino
+    again = trainer(data, tmp_path / "run")
+    again.resume()
+    assert again.fit() == done.progress
+    assert newest.stat().st_ino == stamp  # a valid checkpoint isn't replaced by its own copy
+
+
+def test_a_resumed_run_can_go_on_for_longer(data: Corpus, tmp_path: Path) -> None:
+    trainer(data, tmp_path / "run").fit()
+    longer = trainer(data, tmp_path / "run", steps=9, learning_rate=1e-4)
+    longer.resume()
+    assert longer.fit().step == 9
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("mixers", ["vq", "mixed", "softmax"])
+def test_gradient_accumulation_is_one_batch(mixers: str, data: Corpus, tmp_path: Path) -> None:
+    runs = []
+    for parts in (1, 4):
+        settings = ALL_OF_IT | dict(steps=3, commitment=0.1, accumulate=parts)
+        run = trainer(data, tmp_path / str(parts), MIXERS[mixers], **settings)
+        losses = fit(run)
+        runs.append((losses, run.bare_model.state_dict()))
+    assert_close(runs[1], runs[0], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("mixers", ["vq", "mixed"])
+def test_recomputing_activations_changes_nothing(mixers: str, data: Corpus, tmp_path: Path) -> None:
+    runs = []
+    for recompute in (False, True):
+        run = trainer(
+            data, tmp_path / str(recompute), MIXERS[mixers] | DROPOUT,
+            checkpointing=recompute, **ALL_OF_IT,
+        )  # fmt: skip
+        losses = fit(run)
+        assert run.bare_model.checkpointing == recompute
+        runs.append({**everything(run), "losses": torch.tensor(losses)})
+    assert_same(*runs)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_step_is_adamw_on_the_documented_loss(data: Corpus, tmp_path: Path) -> None:
+    run = trainer(data, tmp_path / "run", commitment=0.3, weight_decay=0.2, clip_norm=0.05)
+    model, batch = run.bare_model, run.lanes.next_batch()
+    out = model(batch.inputs, starts=batch.starts)
+    n_token = batch.inputs.numel()
+    nats = -out.logits.log_softmax(-1).gather(-1, batch.targets[..., None]).sum()
+    loss = (nats + 0.3 * out.commitment()) / n_token
+    gradients = torch.autograd.grad(loss, [*model.parameters()])
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    books = [book for book in model.codebooks() if book is not None]
+    sums = [0.99 * book.key_sum for book in books]
+    sums = [a + 0.01 * s.key_sum for a, s in zip(sums, out.stats(), strict=True)]
+
+    told = run.step(batch)
+    rate = TRAIN.learning_rate / 2  # the first of two steps of warm-up
+    assert norm > 0.05
+    assert_close((told.nats, told.norm), (nats.detach(), norm), atol=1e-9, rtol=1e-9)
+    assert told.rate == pytest.approx(rate)
+    for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
+        gradient = gradient * 0.05 / (norm + 1e-6)
+        decay = 0.2 if p.ndim >= 2 else 0.0
+        wanted = before[name] * (1 - rate * decay)
+        wanted = wanted - rate * gradient / (gradient.abs() + 1e-8)  # Adam's first step
+        assert_close(p.detach(), wanted, atol=1e-8, rtol=1e-8, msg=name)
+    assert_close([book.key_sum for book in books], sums)
+
+
+def test_only_matrices_decay(data: Corpus, tmp_path: Path) -> None:
+    run = trainer(data, tmp_path / "run", dict(absolute_position=True))
+    decayed, plain = run.optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
+    names = {id(p): name for name, p in run.bare_model.named_parameters()}
+    inert = {names[id(p)].split(".")[-1] for p in plain["params"]}
+    assert inert == {"gain", "bias", "position_scale"}
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_the_rate_warms_up_and_comes_down_to_its_final_share() -> None:
+    config = TrainConfig(learning_rate=0.5, warmup_steps=4, final_rate=0.2)
+    assert [config.rate(step, 0.0) for step in range(5)] == [0.125, 0.25, 0.375, 0.5, 0.5]
+    shares = [0.0, 0.25, 0.5, 0.75, 1.0, 7.0]
+    cosine = [0.5 * (0.2 + 0.8 * (1 + math.cos(math.pi * min(s, 1))) / 2) for s in shares]
+    assert [config.rate(100, share) for share in shares] == pytest.approx(cosine)
+    assert config.rate(100, 0.5) == pytest.approx(0.3)
+    assert config.rate(100, 1.0) == pytest.approx(0.1)
+
+
+def test_the_clock_ends_a_training_before_its_steps_do(
+    data: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 10_000, 10))  # every look at the clock is 10 s after the last
+    monkeypatch.setattr("vqlm.train.time.monotonic", lambda: float(next(now)))
+    run = trainer(data, tmp_path / "run", steps=1000, minutes=0.5, warmup_steps=1)
+    told = after_step(run)
+    progress = run.fit()
+    assert (progress.step, progress.seconds) == (3, 30.0)
+    rates = [TrainConfig(warmup_steps=1).rate(9, share) for share in (0.0, 1 / 3, 2 / 3)]
+    assert [sums.rate for sums in told] == pytest.approx(rates)
+
+
+def bits(data: Corpus, out: Path, model: dict[str, Any], **settings: Any) -> tuple[float, float]:
+    """Validation bits per byte before and after training."""
+    run = trainer(data, out, model, **settings)
+    before = run.validate().bits_per_byte
+    run.fit()
+    return before, run.validate().bits_per_byte
+
+
+@pytest.mark.parametrize("mixers", MIXERS)
+def test_training_learns(mixers: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"the quick brown fox. " * 100)
+    settings = dict(
+        steps=60, learning_rate=1e-2, warmup_steps=5, context_len=64, codebook_start="kmeans",
+    )  # fmt: skip
+    model = MIXERS[mixers] | dict(n_layer=2 if mixers == "mixed" else 1)
+    before, after = bits(load_corpus(tmp_path / "text"), tmp_path / "run", model, **settings)
+    assert before > 6
+    assert after < 1.5
+
+
+def test_what_is_carried_over_between_steps_matters(data: Corpus, tmp_path: Path) -> None:
+    """Each batch is seen with what came before it: the loss is that of one long call."""
+    settings = dict(learning_rate=1e-12, weight_decay=0.0, codebook_decay=0.999999, steps=3)
+    run = trainer(data, tmp_path / "run", dict(n_layer=1), **settings)
+    lanes = Lanes(data.train, 4, 16)
+    batches = [lanes.next_batch() for _ in range(3)]
+    inputs, targets, starts = (torch.cat([b[i] for b in batches], 1) for i in range(3))
+    logits = run.bare_model(inputs, starts=starts).logits
+    nats = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    assert fit(run) == pytest.approx([x.sum().item() for x in nats.split(16, 1)], rel=1e-5)
+    assert not starts[:, 16].all()
+
+
+def test_context_len_forgets_at_its_multiples(data: Corpus, tmp_path: Path) -> None:
+    settings = dict(learning_rate=1e-12, weight_decay=0.0, context_len=32, steps=4)
+    run = trainer(data, tmp_path / "run", dict(mixers=("softmax",)), **settings)
+    lanes = Lanes(data.train, 4, 16)
+    batches = [lanes.next_batch() for _ in range(4)]
+    wanted = []
+    for pair in (batches[:2], batches[2:]):
+        inputs, targets, starts = (torch.cat([b[i] for b in pair], 1) for i in range(3))
+        logits = run.bare_model(inputs, starts=starts).logits
+        nats = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        wanted += [x.sum().item() for x in nats.split(16, 1)]
+    assert fit(run) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_bfloat16_learns_and_keeps_its_sums_in_float32(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"the quick brown fox. " * 100)
+    data = load_corpus(tmp_path / "text")
+    settings = dict(
+        precision="bfloat16", steps=40, learning_rate=1e-2, codebook_start="kmeans",
+        revive_below=0.1,
+    )  # fmt: skip
+    run = trainer(data, tmp_path / "run", **settings)
+    before = run.validate().bits_per_byte
+    told = after_step(run)
+    run.fit()
+    stats = [x for sums in told for x in sums.stats if x is not None]
+    assert run.validate().bits_per_byte < before / 2
+    assert {x.dtype for s in stats for x in s} == {torch.float32}
+    assert {s.key_count.sum().item() for s in stats} == {2.0 * 4 * 16}
+    assert {x.dtype for x in run.bare_model.state_dict().values()} == {torch.float32}
+    assert {x.dtype for x in run.states[0].tensors()} <= {torch.float32, torch.int64}
+
+
+def test_bfloat16_products_are_in_bfloat16(data: Corpus, tmp_path: Path) -> None:
+    kinds = set()
+    for precision in ("bfloat16", "float32"):  # one after the other in one process
+        run = trainer(data, tmp_path / precision, precision=precision)
+        layer = run.bare_model.layers[0].ff.input
+        layer.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+        run.step(run.lanes.next_batch())
+        assert run.config.precision in str(kinds)
+        kinds.clear()
+
+
+def test_metrics_have_the_documented_names(data: Corpus, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = trainer(data, tmp_path / "run", steps=5, eval_every=4)
+    run.fit()
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    books = [f"{kind}/layer{i}" for kind in ("codes_in_use", "quantization_error") for i in (0, 1)]
+    training = {"train/bits_per_byte", "train/learning_rate", "train/gradient_norm"}
+    training |= {"train/tokens_per_second", *books}
+    looks = {"validation/bits_per_byte", "validation_codes_in_use/layer0"}
+    looks |= {"validation_codes_in_use/layer1"}
+    assert [(x["step"], set(x) - {"step", "seconds"}) for x in lines] == [
+        (2, training), (4, training), (4, looks), (5, training),
+    ]  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "run/events")).Reload()
+    assert set(events.Tags()["scalars"]) == training | looks
+    assert [event.step for event in events.Scalars("train/bits_per_byte")] == [2, 4, 5]
+    assert [x["train/learning_rate"] for x in lines if "train/learning_rate" in x] == [
+        pytest.approx(TRAIN.rate(i, i / 5)) for i in (1, 3, 4)
+    ]
+
+
+def test_logged_bits_are_nats_over_bytes(data: Corpus, tmp_path: Path) -> None:
+    run = trainer(data, tmp_path / "run", steps=2)
+    lanes = Lanes(data.train, 4, 16)
+    n_bytes = sum(lanes.next_batch().n_bytes for _ in range(2))
+    losses = fit(run)
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert line["train/bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / n_bytes)
+
+
+def test_settings_survive_a_checkpoint(data: Corpus, tmp_path: Path) -> None:
+    trainer(data, tmp_path / "run", steps=1, **ALL_OF_IT).fit()
+    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    info = checkpoint.load_trainer(newest)[1]
+    assert TrainConfig(**info["train"]) == dataclasses.replace(TRAIN, steps=1, **ALL_OF_IT)
+    assert info["fingerprint"] == data.fingerprint

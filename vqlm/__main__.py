@@ -1,0 +1,5 @@
+"""``python -m vqlm`` is the command line ``vqlm``."""
+
+from vqlm.cli import main
+
+raise SystemExit(main())
