@@ -52,6 +52,12 @@ def test_nearest_code_is_the_nearest(b: int, g: int, t: int, s: int, k: int, see
     )
 
 
+def test_nearest_code_of_many_tokens() -> None:
+    """More than are looked at in one slice, and no multiple of it."""
+    keys, codes = torch.randn(2, G, 150, K).double(), torch.randn(G, 31, K).double()
+    assert torch.equal(nearest_code(keys, codes), nearest_code_by_distance(keys, codes))
+
+
 def test_of_equal_codes_the_first_is_chosen() -> None:
     codes = torch.randn(G, 1, K).expand(-1, S, -1)
     assert nearest_code(torch.randn(B, G, T, K), codes).unique().tolist() == [0]
@@ -190,7 +196,9 @@ def test_kmeans_beats_random_codes_and_random_keys() -> None:
     error = squared_error(keys, book.codes())
     random_keys = [squared_error(keys, keys[:, torch.randperm(400)[:S]]) for _ in range(10)]
     assert error < 0.8 * min(random_keys) and error < random_codes
-    assert book.key_count.sum(-1).tolist() == [400.0] * G
+    code, every = nearest_code(keys[None], book.codes()), torch.ones(G, 400, 1).double()
+    sums, sizes = (sum_by_code(x[None], code, S)[0] for x in (keys, every))
+    assert_close((book.key_sum, book.key_count), (sums, sizes[..., 0]), **EXACT)  # it has settled
     again, other = Codebook(G, S, K).double(), Codebook(G, S, K).double()
     again.initialize_(keys, torch.Generator().manual_seed(1))
     other.initialize_(keys, torch.Generator().manual_seed(2))

@@ -56,12 +56,15 @@ def poison(run: Trainer, where: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["weight", "codebook", "moment"])
-@pytest.mark.parametrize("save_every", [1, 2])
-def test_nothing_that_is_not_finite_is_saved(
-    where: str, save_every: int, data: Corpus, run: Path
+@pytest.mark.parametrize(
+    ("save_every", "log_every", "eval_every"), [(1, 9, 9), (2, 2, 9), (2, 9, 2)]
+)
+def test_nothing_that_is_not_finite_is_saved_or_logged(
+    where: str, save_every: int, log_every: int, eval_every: int, data: Corpus, run: Path
 ) -> None:
     """With save_every=1 the save comes right after, when no loss has shown it yet."""
-    training = trainer(data, run, steps=12, save_every=save_every, log_every=3, eval_every=2)
+    settings = dict(steps=7, save_every=save_every, log_every=log_every, eval_every=eval_every)
+    training = trainer(data, run, **settings)
     after_step(training, 5, lambda: poison(training, where))
     with pytest.raises(TrainingDiverged) as error:
         training.fit()
@@ -72,7 +75,7 @@ def test_nothing_that_is_not_finite_is_saved(
     assert_all_finite(run)
     assert load_model(run)(torch.tensor([[1, 100]])).logits.isfinite().all()
     assert "NaN" not in (run / "metrics.jsonl").read_text()
-    again = trainer(data, run, steps=7, save_every=save_every)
+    again = trainer(data, run, **settings)
     again.resume()
     assert again.fit().step == 7
 

@@ -21,6 +21,9 @@ COUNT_FLOOR = 0.01
 SAMPLES_PER_ROW = 16
 """Keys of each row kept in the statistics as candidates for re-seeding."""
 
+CPU_SLICE = 64
+"""Tokens whose scores against all codes are compared at a time on a CPU."""
+
 KMEANS_STEPS = 12
 """Lloyd iterations of the initialisation from data."""
 
@@ -82,8 +85,15 @@ def nearest_code(
     """Index of the code nearest in Euclidean distance, in at least float32."""
     with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
         # |k - c|^2 / 2 = |k|^2 / 2 - k.c + |c|^2 / 2, and the first term is common to all codes.
-        score = torch.einsum("bgtk,gsk->bgts", keys.to(codes.dtype), codes)
-        return score.sub_(codes.square().sum(-1)[:, None] / 2).argmax(-1)
+        half = codes.square().sum(-1)[:, :, None] / 2
+        # On a CPU a slice's scores stay in the cache; and the best of S codes is quicker to find
+        # along an axis that is not the innermost.
+        n_token = CPU_SLICE if keys.device.type == "cpu" else keys.shape[2]
+        best = []
+        for part in keys.to(codes.dtype).split(n_token, 2):
+            score = torch.einsum("gsk,bgtk->bgst", codes, part).sub_(half)
+            best.append(score.max(2).indices)
+        return torch.cat(best, 2)
 
 
 def look_up(codes: Float[Tensor, "G S K"], code: Int[Tensor, "B G T"]) -> Tensor:

@@ -17,7 +17,7 @@ def demo() -> Preset:
     What ``make demo`` trains on the Python standard library's source text.
     """
     model = LMConfig(
-        n_layer=4, d_model=192, n_head=2, d_k=64, d_v=96, n_code=64, window=64, block=64
+        n_layer=4, d_model=192, n_head=2, d_k=64, d_v=96, n_code=64, window=64, block=128
     )
     train = TrainConfig(
         steps=10_000, minutes=5.5, batch_size=8, seq_len=256, learning_rate=3e-3,
