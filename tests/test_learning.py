@@ -73,6 +73,16 @@ def test_checkpointing_changes_nothing(dropout: float, revive_below: float) -> N
     assert_close(step(checkpointed, WHOLE, revive_below), want, **EXACT)
 
 
+@pytest.mark.parametrize(("checkpointing", "n_forward"), [(False, 1), (True, 2)])
+def test_checkpointing_computes_each_layer_again(checkpointing: bool, n_forward: int) -> None:
+    lm, seen = make(), []
+    lm.checkpointing = checkpointing
+    for layer in lm.layers:
+        layer.register_forward_pre_hook(lambda layer, _: seen.append(layer))
+    loss_of(lm(inputs()[0])).backward()
+    assert len(seen) == n_forward * len(lm.layers)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("revive_below", [0.0, 0.5])
 @pytest.mark.parametrize("rows", [[slice(0, 2), slice(2, 4)], [slice(i, i + 1) for i in range(4)]])

@@ -229,6 +229,17 @@ def test_forward_changes_neither_parameters_nor_buffers_nor_state(mixers: str) -
     assert all(map(torch.equal, frozen, state.tensors()))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_scale_is_on_the_logits_with_their_bias(tied: bool) -> None:
+    plain = LM(dataclasses.replace(model("vq").config, tie_embedding=tied, output_scale=1.0))
+    scaled = LM(dataclasses.replace(plain.config, output_scale=0.25))
+    with torch.no_grad():
+        (plain.output_bias if tied else plain.output.bias).normal_()
+    scaled.load_state_dict(plain.state_dict())
+    tokens = torch.arange(9)[None]
+    assert torch.equal(scaled(tokens).logits, plain(tokens).logits / 4)
+
+
 def test_state_helpers() -> None:
     lm = model("mixed")
     state = lm(torch.arange(8).reshape(2, 4)).state

@@ -24,7 +24,7 @@ def lm(request: pytest.FixtureRequest) -> LM:
     torch.manual_seed(0)
     config = LMConfig(
         vocab_size=VOCAB, n_layer=2, d_model=8, n_head=2, d_k=5, d_v=7, d_ff=8, n_code=5, window=3,
-        block=4, mixers=(request.param,), absolute_position=True,
+        block=4, mixers=(request.param,), absolute_position=True, dropout_residual=0.5,
     )  # fmt: skip
     model = LM(config).double().train()
     with torch.no_grad():

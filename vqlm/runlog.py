@@ -78,7 +78,7 @@ class RunLog:
         tokens, seconds = self._tokens_before or (0, 0.0)
         speed = (progress.tokens - tokens) / max(progress.seconds - seconds, 1e-9)
         self._tokens_before = progress.tokens, progress.seconds
-        left = progress.seconds * (1 - share) / max(share, 1e-9)
+        left = progress.seconds * max(0.0, 1 - share) / max(share, 1e-9)
         numbers = {
             "train/bits_per_byte": bits,
             "train/learning_rate": last.rate,

@@ -1,0 +1,99 @@
+"""Norms, sinusoids, projections and the relative shift, each against its formula in plain words."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from vqlm.config import LMConfig
+from vqlm.layers import AttentionProjections, Norm, SwiGLU, relative_scores, rms, sinusoid
+from vqlm.reference import relative_scores_by_distance
+
+EXACT = {"atol": 1e-12, "rtol": 1e-12}
+
+
+def test_norm_by_hand_with_epsilon_inside_the_root() -> None:
+    x = 1e-3 * torch.tensor([3.0, 4.0, 0.0, 0.0]).double()
+    want = x / math.sqrt(6.25e-6 + 1e-6)
+    assert_close(rms(x), want, **EXACT)
+    norm = Norm(4).double()
+    with torch.no_grad():
+        norm.gain.copy_(torch.arange(4))
+        norm.bias.copy_(torch.ones(4))
+    assert_close(norm(x[None])[0], torch.arange(4) * want + 1, **EXACT)
+
+
+def test_norm_of_bfloat16_is_computed_in_float32() -> None:
+    x = torch.randn(3, 64).bfloat16()
+    assert rms(x).dtype == torch.float32
+    assert torch.equal(rms(x), rms(x.float()))
+
+
+def test_sinusoid_by_hand() -> None:
+    got = sinusoid(torch.tensor([0, 3]), 4, 100.0, torch.float64)
+    angles = [3.0, 3.0 * 100.0**-0.5]
+    want = [[0, 0, 1, 1], [math.sin(a) for a in angles] + [math.cos(a) for a in angles]]
+    assert_close(got, torch.tensor(want, dtype=torch.float64), **EXACT)
+
+
+@pytest.mark.parametrize(("n_query", "window"), [(1, 1), (1, 4), (5, 1), (4, 4), (3, 7)])
+def test_shift_moves_every_product_to_its_distance(n_query: int, window: int) -> None:
+    query = torch.randn(2, 3, n_query, 5).double()
+    rows = torch.randn(3, window + 1, 5).double()
+    older = torch.zeros(2, 3, window, 5).double()
+    want = relative_scores_by_distance(torch.cat([older, query], 2), rows)[:, :, window:]
+    assert_close(relative_scores(query, rows), want, **EXACT)
+
+
+@pytest.mark.parametrize("layer", ["gau", "swiglu"])
+def test_projections_by_hand(layer: str) -> None:
+    """Columns are all keys, then all values, then all gates; every head has its own norm."""
+    torch.manual_seed(0)
+    config = LMConfig(d_model=6, n_head=4, n_kv_head=2, d_k=3, d_v=5, window=2, layer=layer)
+    project = AttentionProjections(config).double()
+    with torch.no_grad():
+        for parameter in project.parameters():
+            parameter.normal_()
+    x = torch.randn(2, 7, 6).double()
+    got, scale, act = project(x), 3**-0.25, F.silu if layer == "gau" else lambda y: y
+    weight = project.key_value_gate.weight
+    assert len(weight) == 2 * 3 + 2 * 5 + (4 * 5 if layer == "gau" else 0)
+    for g in range(2):
+        key, value = weight[3 * g : 3 * g + 3], weight[6 + 5 * g : 11 + 5 * g]
+        assert_close(got.key[:, g], scale * rms(x @ key.T), **EXACT)
+        assert_close(got.value[:, g], act(x @ value.T), **EXACT)
+    for h in range(4):
+        query = project.query.weight[3 * h : 3 * h + 3]
+        assert_close(got.query[:, h], scale * rms(x @ query.T), **EXACT)
+    heads = torch.randn(2, 4, 7, 5).double()
+    joined = torch.cat(list(heads.unbind(1)), -1)
+    if layer == "gau":
+        assert_close(got.gate, act(x @ weight[16:].T), **EXACT)
+        joined = joined * got.gate
+    else:
+        assert got.gate is None
+    assert_close(project.merge(heads, got.gate), joined @ project.output.weight.T, **EXACT)
+
+
+def test_bias_by_hand() -> None:
+    config = LMConfig(d_model=6, n_head=2, d_k=3, window=4, position_base=50.0)
+    project = AttentionProjections(config).double()
+    with torch.no_grad():
+        project.content_bias.normal_()
+        project.position_bias.normal_()
+    bias, scale = project.bias(), 3**-0.25
+    assert_close(bias.content, scale * project.content_bias, **EXACT)
+    assert_close(bias.position, scale * project.position_bias, **EXACT)
+    waves = sinusoid(torch.arange(5), 6, 50.0, torch.float64)
+    for h in range(2):
+        rows = waves @ project.position.weight[3 * h : 3 * h + 3].T
+        assert_close(bias.rows[h], scale * rows, **EXACT)
+
+
+def test_swiglu_by_hand() -> None:
+    ff, x = SwiGLU(4, 3).double(), torch.randn(1, 2, 4).double()
+    first, second = ff.input.weight.split(3)
+    want = (F.silu(x @ first.T) * (x @ second.T)) @ ff.output.weight.T
+    assert_close(ff(x), want, **EXACT)
