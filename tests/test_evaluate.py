@@ -117,7 +117,9 @@ def test_code_statistics_count_every_real_token_once(split: Split) -> None:
     perplexity = (-(share * share.clamp(min=1e-300).log()).sum(-1)).exp()
     for batch_size, seq_len in SIZES:
         got = evaluate(model, split, batch_size=batch_size, seq_len=seq_len)
-        first, second = got.codebooks
+        window, first, other_window, second = got.codebooks
+        assert window is None and other_window is None
+        assert first is not None and second is not None
         assert torch.equal(first.key_count, counts)
         assert torch.allclose(first.energy, together.square().sum((0, 2, 3)))
         assert second.key_count.sum(-1).tolist() == [len(split.tokens)] * 2

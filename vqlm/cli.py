@@ -133,7 +133,9 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     pairs = dict(word.split("=", 1) for word in args.what if "=" in word)
     if len(names) > 1:
         raise ValueError(f"one preset at most, got {' and '.join(names)}")
-    source, out = args.data, args.out or Path("runs/latest")
+    # Absolute, so that eval and resume find it from any folder.
+    source = str(Path(args.data).expanduser().absolute()) if args.data else None
+    out = args.out or Path("runs/latest")
     if args.resume is None:
         model_config, config = presets.get(names[0] if names else "mini")
         if checkpoint.newest_checkpoint(out) is not None:
@@ -193,6 +195,12 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
         newest = args.run_folder  # one checkpoint of a run
     info = checkpoint.load_trainer(newest)[1] if newest else {}
     corpus = load_corpus(args.data or info.get("data"))
+    if not args.data and info and info["fingerprint"] != corpus.fingerprint:
+        print(
+            "warning: the text has changed since training, and so have its splits: what is "
+            "measured may have been trained on",
+            file=sys.stderr,
+        )
     context = args.context
     if context is None and "softmax" in model.config.mixers:
         context = info.get("train", {}).get("context_len")
@@ -204,7 +212,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
         f"{args.split} split of {corpus.name}: {result.bits_per_byte:.4f} bits per byte "
         f"over {result.n_bytes:,} bytes"
     )
-    if result.codebooks:
+    if result.codes_in_use():
         used = ", ".join(f"{perplexity:.1f}" for perplexity in result.codes_in_use())
         print(f"codes in use (perplexity, by layer, of {model.config.n_code}): {used}")
     facts: dict[str, Any] = {"run": str(args.run_folder), "split": args.split}

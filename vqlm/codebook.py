@@ -66,6 +66,15 @@ class CodeStats(NamedTuple):
         return self.error / self.energy.clamp(min=1e-30)
 
 
+def merge_layers(
+    a: tuple[CodeStats | None, ...], b: tuple[CodeStats | None, ...]
+) -> tuple[CodeStats | None, ...]:
+    """``CodeStats.merge`` layer by layer; None stays None, a layer without a codebook."""
+    return tuple(
+        x.merge(y) if x is not None and y is not None else None for x, y in zip(a, b, strict=True)
+    )
+
+
 class Quantized(NamedTuple):
     """Keys after quantization."""
 

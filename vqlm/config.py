@@ -188,6 +188,8 @@ class TrainConfig:
             _require(self, name, getattr(self, name) > 0, "positive")
         for name in ("beta1", "beta2", "codebook_decay", "revive_below"):
             _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("weight_decay", "commitment", "final_rate"):
+            _require(self, name, getattr(self, name) >= 0, "0 or positive")
         _require(self, "minutes", self.minutes is None or self.minutes > 0, "positive, or None")
         if self.batch_size % self.accumulate:
             raise ValueError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vqlm.codebook import CodeStats
+from vqlm.codebook import CodeStats, merge_layers
 from vqlm.data import Split, evaluation_batches
 from vqlm.model import LM, LMState
 
@@ -23,8 +23,8 @@ class Evaluation:
     """Predicted tokens, ends of documents included."""
     n_bytes: int
     """Bytes of text."""
-    codebooks: tuple[CodeStats, ...]
-    """One a layer that has a codebook, without samples."""
+    codebooks: tuple[CodeStats | None, ...]
+    """One a layer, without samples; None where the mixer has no codebook."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -33,11 +33,11 @@ class Evaluation:
 
     def codes_in_use(self) -> list[float]:
         """Perplexity of code use of each VQ layer, the mean over its heads."""
-        return [stats.perplexity().mean().item() for stats in self.codebooks]
+        return [stats.perplexity().mean().item() for stats in self.codebooks if stats is not None]
 
     def summary(self) -> dict[str, object]:
         """Plain numbers for JSON and logs."""
-        books = self.codebooks
+        books = [stats for stats in self.codebooks if stats is not None]
         return {
             "bits_per_byte": self.bits_per_byte,
             "nats_per_token": self.nats / self.n_tokens,
@@ -71,7 +71,7 @@ def evaluate(
     device = next(model.parameters()).device
     nats, n_tokens, n_bytes = 0.0, 0, 0
     state: LMState | None = None
-    books: list[CodeStats] = []
+    books: tuple[CodeStats | None, ...] = ()
     batches = evaluation_batches(split, batch_size, seq_len, max_bytes, context_len)
     was_training = model.training
     model.eval()
@@ -87,7 +87,7 @@ def evaluate(
         nats += F.cross_entropy(logits, targets, reduction="sum").item()
         n_tokens += len(targets)
         n_bytes += batch.n_bytes
-        seen = [s._replace(sample=s.sample[:, :0]) for s in out.stats() if s is not None]
-        books = [a.merge(b) for a, b in zip(books, seen, strict=True)] if books else seen
+        seen = tuple(s._replace(sample=s.sample[:, :0]) if s else None for s in out.stats())
+        books = merge_layers(books, seen) if books else seen
     model.train(was_training)
-    return Evaluation(nats, n_tokens, n_bytes, tuple(books))
+    return Evaluation(nats, n_tokens, n_bytes, books)

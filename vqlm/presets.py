@@ -20,9 +20,9 @@ def demo() -> Preset:
         n_layer=4, d_model=192, n_head=2, d_k=64, d_v=96, n_code=64, window=64, block=128
     )
     train = TrainConfig(
-        steps=10_000, minutes=5.5, batch_size=8, seq_len=256, learning_rate=3e-3,
-        precision="bfloat16", codebook_start="kmeans", revive_below=0.1, commitment=1e-2,
-        eval_every=400, save_every=400,
+        steps=10_000, minutes=5.5, batch_size=16, seq_len=128, learning_rate=3e-3,
+        final_rate=0.02, precision="bfloat16", codebook_start="kmeans", revive_below=0.1,
+        commitment=1e-2, eval_every=400, save_every=400,
     )  # fmt: skip
     return model, train
 

@@ -74,7 +74,6 @@ class RunLog:
         nats = torch.stack([sums.nats for sums in self._pending]).sum().item()
         bits = nats / (math.log(2) * max(1, sum(sums.n_bytes for sums in self._pending)))
         last = self._pending[-1]
-        books = [stats for stats in last.stats if stats is not None]
         tokens, seconds = self._tokens_before or (0, 0.0)
         speed = (progress.tokens - tokens) / max(progress.seconds - seconds, 1e-9)
         self._tokens_before = progress.tokens, progress.seconds
@@ -85,7 +84,9 @@ class RunLog:
             "train/gradient_norm": last.norm.item(),
             "train/tokens_per_second": speed,
         }
-        for layer, stats in enumerate(books):
+        for layer, stats in enumerate(last.stats):
+            if stats is None:
+                continue
             numbers[f"codes_in_use/layer{layer}"] = stats.perplexity().mean().item()
             numbers[f"quantization_error/layer{layer}"] = stats.relative_error().mean().item()
         self._record(progress, numbers)
@@ -103,8 +104,10 @@ class RunLog:
     def validation(self, progress: Progress, result: Evaluation) -> None:
         """Writes a look at the validation split."""
         numbers = {"validation/bits_per_byte": result.bits_per_byte}
-        for layer, perplexity in enumerate(result.codes_in_use()):
-            numbers[f"validation_codes_in_use/layer{layer}"] = perplexity
+        for layer, stats in enumerate(result.codebooks):
+            if stats is not None:
+                used = stats.perplexity().mean().item()
+                numbers[f"validation_codes_in_use/layer{layer}"] = used
         self._record(progress, numbers)
         self.note(f"step {progress.step}  validation {result.bits_per_byte:.3f} bits/byte")
 

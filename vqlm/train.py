@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from vqlm import checkpoint
-from vqlm.codebook import CodeStats
+from vqlm.codebook import merge_layers
 from vqlm.config import LMConfig, TrainConfig
 from vqlm.data import VOCAB_SIZE, Batch, Corpus, Lanes
 from vqlm.evaluate import Evaluation, evaluate
@@ -111,7 +111,7 @@ class Trainer:
             nats = nats + loss.detach()
             loss = (loss + self.config.commitment * out.commitment()) / n_token
             self.accelerator.backward(loss)
-            stats = out.stats() if stats is None else _merge(stats, out.stats())
+            stats = out.stats() if stats is None else merge_layers(stats, out.stats())
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         assert norm is not None and stats is not None
         self.optimizer.step()
@@ -309,14 +309,6 @@ def _optimizer(model: LM, config: TrainConfig) -> torch.optim.AdamW:
     ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
-
-
-def _merge(
-    a: tuple[CodeStats | None, ...], b: tuple[CodeStats | None, ...]
-) -> tuple[CodeStats | None, ...]:
-    return tuple(
-        x.merge(y) if x is not None and y is not None else None for x, y in zip(a, b, strict=True)
-    )
 
 
 def _require_same(saved: LMConfig, wanted: LMConfig) -> None:
