@@ -149,7 +149,9 @@ def test_a_last_save_that_fails_names_the_checkpoint_to_use(
 ) -> None:
     whole = trainer(data, run.with_name("whole"), save_every=4)
     wanted = fit(whole)
-    hit = full_disk(monkeypatch, lambda path: path.name == "model.safetensors" and "6" in str(path))
+    hit = full_disk(
+        monkeypatch, lambda path: path.name == "model.safetensors" and "00000006" in str(path)
+    )
     cut = trainer(data, run, save_every=4)
     told = after_step(cut)
     with pytest.raises(OSError, match="No space left on device") as error:
