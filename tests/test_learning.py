@@ -140,6 +140,22 @@ def test_padding_leaves_no_trace_in_losses_and_statistics() -> None:
         assert_close(real[:, ~real[0].isnan().any(-1)], merged.sample, **EXACT)
 
 
+def test_kmeans_start_does_not_depend_on_training_mode() -> None:
+    """Dropout must not disturb which keys, and so which codes, are chosen."""
+    tokens, mask, starts = inputs()
+    context: dict[str, Tensor] = dict(mask=mask, starts=starts)
+    train, eval_ = make(dropout_embedding=0.5).train(), make(dropout_embedding=0.5).eval()
+    train.load_state_dict(eval_.state_dict())
+    train.initialize_codebooks_(tokens, 5, **context)
+    eval_.initialize_codebooks_(tokens, 5, **context)
+    for a, b in zip(train.codebooks(), eval_.codebooks(), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert torch.equal(a.key_sum, b.key_sum)
+            assert torch.equal(a.key_count, b.key_count)
+    assert train.training and not eval_.training
+
+
 def test_kmeans_start_goes_through_the_layers_in_order() -> None:
     """The second codebook fits keys computed with the first one in its final form."""
     tokens, mask, starts = inputs()
