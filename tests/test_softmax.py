@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_case import BATCH, HEADS, AttentionCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,13 +18,14 @@ from vqlm.reference import softmax_attention_quadratic
 from vqlm.segments import Segments
 from vqlm.softmax import SoftmaxAttention, SoftmaxState, WindowAttention, softmax_attention
 
-BATCH, K, V = 2, 5, 7
-HEADS = {"single": (1, 1), "multi-query": (3, 1), "grouped": (4, 2), "multi-head": (3, 3)}
+K, V = 5, 7
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(AttentionCase):
+    d_k, d_v = K, V
+
     heads: str
     window: int
     block: int
@@ -32,26 +34,6 @@ class Case:
     document_starts: tuple[int, ...] = ()
     cuts: tuple[int, ...] = ()
     seed: int = 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        torch.manual_seed(self.seed)
-        (n_head, groups), n_token = HEADS[self.heads], self.n_token
-        shapes = dict(
-            q=(BATCH, n_head, n_token, K), k=(BATCH, groups, n_token, K),
-            v=(BATCH, groups, n_token, V), u=(n_head, K), w=(n_head, K),
-            rows=(n_head, self.window + 1, K),
-        )  # fmt: skip
-        made = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
-        return {name: x.requires_grad_() for name, x in made.items()}
-
-    def starts(self) -> Tensor:
-        """Document starts; the second row has its own, so that rows can't be confused."""
-        starts = torch.zeros(BATCH, self.n_token, dtype=torch.bool)
-        for t in self.document_starts:
-            if t < self.n_token:
-                starts[0, t] = True
-                starts[1, (t * 3 + 1) % self.n_token] = True
-        return starts
 
     def empty_state(self) -> SoftmaxState:
         groups = HEADS[self.heads][1]
