@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from vqlm.config import LMConfig
-from vqlm.layers import AttentionProjections, Norm, SwiGLU, relative_scores, rms, sinusoid
+from vqlm.layers import AttentionProjections, Norm, SwiGLU, drop, relative_scores, rms, sinusoid
 from vqlm.reference import relative_scores_by_distance
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -97,3 +97,18 @@ def test_swiglu_by_hand() -> None:
     first, second = ff.input.weight.split(3)
     want = (F.silu(x @ first.T) * (x @ second.T)) @ ff.output.weight.T
     assert_close(ff(x), want, **EXACT)
+
+
+def test_drop_keeps_the_mean_and_obeys_its_seed() -> None:
+    x = torch.ones(100, 100)
+    dropped = drop(x, 0.25, seed=3)
+    assert set(dropped.unique().tolist()) == {0.0, (x[0, 0] / 0.75).item()}
+    assert abs(dropped.mean().item() - 1) < 0.05
+    torch.manual_seed(0)
+    assert torch.equal(dropped, drop(x, 0.25, seed=3))
+    assert not torch.equal(dropped, drop(x, 0.25, seed=4))
+    before = torch.get_rng_state()
+    drop(x, 0.25, seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(drop(x, 0.25), drop(x, 0.25))
+    assert drop(x, 0.0) is x

@@ -228,3 +228,39 @@ def test_dropped_updates_are_zero_or_scaled_up(kind: str) -> None:
         assert torch.equal(kept, kept[:, :1, :1].expand_as(kept))
     assert kept.double().mean().item() == pytest.approx(1 - p, abs=0.06)
     assert_close(added.mean(0), whole[0], atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("layer", ["gau", "swiglu"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_seed_shares_dropped_layers_and_sinusoids_between_calls(
+    layer: str, checkpointing: bool
+) -> None:
+    config = dataclasses.replace(
+        CONFIG, layer=layer, dropout_layer=0.4, dropout_sinusoid=0.4, n_layer=3
+    )
+    torch.manual_seed(0)
+    lm = LM(config).train()
+    lm.checkpointing = checkpointing
+    tokens = torch.randint(config.vocab_size, (5, 24))
+    whole = lm(tokens, dropout_seed=7).logits
+    first = lm(tokens[:, :11], dropout_seed=7)
+    second = lm(tokens[:, 11:], first.state, dropout_seed=7)
+    assert_close(torch.cat([first.logits, second.logits], 1), whole, atol=1e-5, rtol=1e-4)
+    others = [lm(tokens, dropout_seed=seed).logits for seed in (0, 1, 8, None)]
+    assert all(not torch.allclose(whole, other) for other in others)
+    whole.sum().backward()
+    assert lm.embedding.weight.grad is not None and lm.embedding.weight.grad.isfinite().all()
+
+
+def test_layers_drop_rows_independently_under_one_seed() -> None:
+    config = dataclasses.replace(CONFIG, layer="gau", dropout_layer=0.5, n_layer=2)
+    lm = LM(config).train()
+    dropped = []
+    for layer in lm.layers:
+        layer.register_forward_hook(
+            lambda _, inputs, out: dropped.append((out[0] == inputs[0]).all(-1).all(-1))
+        )
+    lm(torch.randint(config.vocab_size, (64, 3)), dropout_seed=1)
+    first, second = dropped
+    assert 16 < first.sum() < 48 and 16 < second.sum() < 48
+    assert 16 < (first == second).sum() < 48

@@ -1,7 +1,8 @@
 """Our model with the official implementation's parameters gives the official numbers."""
 
+import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from vqlm.config import LMConfig
+from vqlm.convert import config_from_official, from_official, state_to_official, to_official
 from vqlm.model import LM, LMOutput
 from vqlm.sampling import nucleus
 from vqlm.vq import VQAttention
 
 LOGPROB = {"atol": 2e-5, "rtol": 0}
 STATE = {"atol": 1e-5, "rtol": 0}
+LOSS = {"atol": 5e-6, "rtol": 0}
+GRADIENT = 2e-5
+"""Times the leaf's largest entry."""
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
@@ -27,54 +31,10 @@ def official(shared_data: Callable[[str], Path]) -> Arrays:
         return dict(arrays)
 
 
-def config_of(official: Arrays, **changes: Any) -> LMConfig:
-    theirs = json.loads(str(official["config_json"]))
-    settings = dict(
-        vocab_size=theirs["n_vocab"], n_layer=2 * theirs["n_layer"], d_model=theirs["d_model"],
-        n_head=theirs["n_head"], d_k=theirs["d_k"], d_v=theirs["d_v"], n_code=theirs["n_code"],
-        window=theirs["mem_len"], block=theirs["block_len"], layer="gau",
-        cache=theirs["agg_cache"], cache_grad=theirs["grad_thru_cache"],
-        absolute_position=theirs["pe_abs"], position_base=theirs["pe_lam"],
-        tie_embedding=theirs["e_tie"], final_norm=theirs["e_preln"],
-        output_scale=theirs["e_scale"],
-    )  # fmt: skip
-    return LMConfig(**(settings | changes))
-
-
-def named_values(official: Arrays, config: LMConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our name and value of each official parameter; their kernels are input x output."""
-
-    def their(name: str) -> Tensor:
-        return torch.from_numpy(official[f"param/{name}"])
-
-    yield "embedding.weight", their("token_embedder/embs")
-    yield "output_bias", their("token_embedder/bias_out")
-    yield "position_scale", their("position_embedder/scale")
-    yield "norm.gain", their("out_ln/g")
-    yield "norm.bias", their("out_ln/b")
-    for n in range(config.n_layer):
-        ours = f"layers.{n}."
-        path = f"transformer_layers_{n // 2}/scanned_attn{n % 2 + 1}/"
-        yield ours + "mixer_norm.gain", their(path + "input_ln/g")
-        yield ours + "mixer_norm.bias", their(path + "input_ln/b")
-        mixer = ours + "mixer.project."
-        yield mixer + "query.weight", their(path + "q_proj/kernel").T
-        yield mixer + "key_value_gate.weight", their(path + "kvg_proj/kernel").T
-        yield mixer + "position.weight", their(path + "r_proj/kernel").T
-        yield mixer + "output.weight", their(path + "res_proj/kernel").T
-        heads = (config.n_head, config.d_k)
-        yield mixer + "content_bias", their(path + "u").reshape(heads)
-        yield mixer + "position_bias", their(path + "v").reshape(heads)
-        for name in ("sum", "count"):
-            value = their(path + f"quantizer/c_{name}")
-            yield f"{ours}mixer.codebook.key_{name}", value
-
-
 def model(official: Arrays, **changes: Any) -> LM:
-    config = config_of(official, **changes)
-    lm = LM(config).eval()
-    lm.load_state_dict(dict(named_values(official, config)))  # strict: every name, every shape
-    return lm
+    config = config_from_official(str(official["config_json"]))
+    params = {name[6:]: x for name, x in official.items() if name.startswith("param/")}
+    return from_official(params, dataclasses.replace(config, **changes))
 
 
 @torch.no_grad()
@@ -133,20 +93,67 @@ def test_stream_keys_and_codes_of_every_sublayer(official: Arrays) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_state_after_the_call(official: Arrays, pieces: int) -> None:
-    state = run(official, model(official), pieces)[-1].state
-    for n, ours in enumerate(state.layers):
-        path = f"state/layer{n // 2}/attn{n % 2 + 1}/"
+    got = state_to_official(run(official, model(official), pieces)[-1].state)
+    want = {name[6:]: x for name, x in official.items() if name.startswith("state/")}
+    assert want.keys() - got.keys() == {name for name in want if "doc_id" in name}
+    assert got.keys() <= want.keys()
+    for name, x in got.items():
+        assert x.shape == want[name].shape and x.dtype == want[name].dtype
+        np.testing.assert_allclose(x, want[name], **STATE, err_msg=name)
 
-        def their(name: str, path: str = path) -> Tensor:
-            return torch.from_numpy(official[path + name])
 
-        assert torch.equal(ours.code, their("xlcache/z").long())
-        assert_close(ours.key, their("xlcache/k_hat"), **STATE)
-        assert_close(ours.value, their("xlcache/v"), **STATE)
-        assert torch.equal(ours.value_count, their("aggcache/lower"))
-        mean = ours.value_sum / ours.value_count.clamp(min=1)[..., None]
-        assert_close(mean, their("aggcache/upper_div_lower"), **STATE)
-        assert ours.length.tolist() == [int(their("pos_offset"))] * 2
+TRAINING = {
+    "": {},
+    "noagg/": {"cache": False},
+    "nocachegrad/": {"cache_grad": False},
+}
+
+
+@pytest.mark.parametrize("run_name", TRAINING)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_losses_gradients_and_codebooks_of_a_training_step(
+    official: Arrays, run_name: str, checkpointing: bool
+) -> None:
+    theirs = json.loads(str(official["config_json"]))
+    lm = model(official, **TRAINING[run_name]).train()
+    lm.checkpointing = checkpointing
+    counted = torch.from_numpy(official["in/loss_mask"]).bool()
+    out = lm(torch.from_numpy(official["in/inputs"]).long(), learned=counted)
+    targets = torch.from_numpy(official["in/targets"]).long()
+    loss, nats = out.objective(targets, theirs["c_beta"], counted)
+    loss.backward()
+    close(loss, official[f"{run_name or 'out/'}loss"], LOSS)
+    if not run_name:
+        close(nats / targets.numel(), official["out/l_lm_unscaled"], LOSS)
+        close(out.commitment() / targets.numel(), official["out/l_commit"], LOSS)
+        close(out.logits.log_softmax(-1), official["out/logprobs"], LOGPROB)
+    gradients = to_official(lm, grads=True, stats=out.stats(), codebook_decay=theirs["c_gamma"])
+    want = {name: x for name, x in official.items() if name.startswith(f"{run_name}grad/")}
+    assert {f"{run_name}grad/{name}" for name in gradients} == want.keys()
+    for name, x in gradients.items():
+        expected = want[f"{run_name}grad/{name}"]
+        atol = GRADIENT * np.abs(expected).max() + 1e-8
+        np.testing.assert_allclose(x, expected, rtol=0, atol=atol, err_msg=name)
+
+    lm.update_codebooks_(out.stats(), theirs["c_gamma"])
+    after = to_official(lm)
+    codebooks = [name[4:] for name in official if name.startswith("ema/")]
+    assert len(codebooks) == 8
+    for name in codebooks if not run_name else []:
+        np.testing.assert_allclose(after[name], official[f"ema/{name}"], **STATE, err_msg=name)
+
+
+def test_masked_tokens_are_attended_to_but_not_learned_from(official: Arrays) -> None:
+    lm = model(official).train()
+    counted = torch.from_numpy(official["in/loss_mask"]).bool()
+    tokens = torch.from_numpy(official["in/inputs"]).long()
+    masked, plain = lm(tokens, learned=counted), lm(tokens)
+    assert_close(masked.logits, plain.logits, atol=0, rtol=0)
+    assert masked.commitment() < 0.95 * plain.commitment()
+
+
+def close(got: Tensor, want: Any, tolerance: dict[str, float]) -> None:
+    np.testing.assert_allclose(got.detach().numpy(), want, **tolerance)
 
 
 @pytest.mark.parametrize("p", ["0.5", "0.8", "0.9", "0.999"])

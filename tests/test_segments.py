@@ -114,3 +114,13 @@ def test_last_slots_by_hand(case: Case, n_old: int, data: st.DataObject) -> None
 def test_last_slots_is_a_copy_of_its_own_size(lengths: Tensor | None) -> None:
     got = last_slots(torch.zeros(2, 1, 9, 3), 5, 4, lengths, 2)
     assert got.untyped_storage().nbytes() == got.numel() * got.element_size()
+
+
+def test_what_is_learned_from_is_packed_and_never_padding() -> None:
+    mask = torch.tensor([[False, True, True, False, True]])
+    learned = torch.tensor([[True, True, False, True, True]])
+    segments = Segments.of(mask, None, learned)
+    got = segments.learnable(5, mask.device)
+    assert got.tolist() == [[True, False, True, False, False]]
+    assert Segments.of(mask).learnable(5, mask.device).tolist() == [[True] * 3 + [False] * 2]
+    assert Segments.of(None, None, learned).learnable(5, mask.device) is learned

@@ -149,7 +149,8 @@ class Codebook(nn.Module):
         valid: Bool[Tensor, "#B T"],
         with_stats: bool = True,
     ) -> Quantized:
-        """Quantizes ``keys``; ``codes`` is what ``codes()`` returned, ``valid`` the real tokens."""
+        """Quantizes ``keys``; ``codes`` is what ``codes()`` returned, ``valid`` the tokens to learn
+        from: others get their code too, but count for neither commitment nor statistics."""
         code = nearest_code(keys, codes)
         chosen = look_up(codes, code)
         error = (keys - chosen).square().sum(-1) * valid[:, None]

@@ -13,6 +13,21 @@ from torch import Tensor, nn
 from vqlm.config import LMConfig
 
 
+def drop(x: Tensor, probability: float, seed: int | None = None) -> Tensor:
+    """Dropout: elements become 0 with ``probability``, the others grow by 1 / (1 - probability).
+
+    ``seed``: draw from a generator of its own, so that the same seed drops the same elements in
+    every call; None: from torch's.
+    """
+    if probability == 0:
+        return x
+    if seed is None:
+        return F.dropout(x, probability)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    kept = torch.rand(x.shape, device=x.device, generator=generator) >= probability
+    return x * kept.to(x.dtype) / (1 - probability)
+
+
 class RelativeBias(NamedTuple):
     """The Transformer-XL bias of one mixer (Dai et al. 2019), as attention needs it."""
 
@@ -108,13 +123,14 @@ class AttentionProjections(nn.Module):
         query, key = self.scale * rms(query), self.scale * rms(key)
         return Projected(query, key, value, gate if self.config.gated else None)
 
-    def bias(self) -> RelativeBias:
-        """The relative position bias; its sinusoids pass through the sinusoid dropout."""
+    def bias(self, seed: int | None = None) -> RelativeBias:
+        """The relative position bias; its sinusoids pass through ``drop`` with this ``seed``."""
         distance = torch.arange(self.config.window + 1, device=self.content_bias.device)
         waves = sinusoid(
             distance, self.config.d_model, self.config.position_base, self.content_bias.dtype
         )
-        rows = self.position(F.dropout(waves, self.config.dropout_sinusoid, self.training))
+        waves = drop(waves, self.config.dropout_sinusoid, seed) if self.training else waves
+        rows = self.position(waves)
         rows = rearrange(rows, "m (h k) -> h m k", k=self.config.d_k)
         return RelativeBias(
             self.scale * self.content_bias, self.scale * self.position_bias, self.scale * rows

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import LMConfig
-from vqlm.layers import Norm, Projected, SwiGLU, sinusoid
+from vqlm.layers import Norm, Projected, SwiGLU, drop, sinusoid
 from vqlm.sampling import pick
 from vqlm.segments import Segments
 from vqlm.softmax import SoftmaxAttention, SoftmaxState, WindowAttention
@@ -27,6 +27,9 @@ MIXERS: dict[str, type[VQAttention] | type[SoftmaxAttention]] = {
 }
 
 MixerState = VQState | SoftmaxState
+
+SEEDS_PER_LAYER = 3
+"""Dropout masks that a layer draws from seeds: sinusoids, its mixer, its SwiGLU."""
 
 
 class LMState(NamedTuple):
@@ -57,6 +60,15 @@ class LMState(NamedTuple):
         return sum(x.numel() * x.element_size() for x in self.tensors())
 
 
+class Objective(NamedTuple):
+    """A training loss and its main part."""
+
+    loss: Float[Tensor, ""]
+    """To be minimised, per token."""
+    nats: Float[Tensor, ""]
+    """Sum of the cross-entropy over the counted tokens; no gradient."""
+
+
 class LMOutput(NamedTuple):
     """What one call returns."""
 
@@ -71,6 +83,25 @@ class LMOutput(NamedTuple):
         """Sum over layers, heads and tokens of |k - k_hat|^2; 0 without codebooks."""
         terms = [aux.commitment for aux in self.aux if aux is not None]
         return torch.stack(terms).sum() if terms else self.logits.new_zeros(())
+
+    def objective(
+        self,
+        targets: Int[Tensor, "B T"],
+        commitment: float,
+        counted: Bool[Tensor, "B T"] | None = None,
+        n_token: int | None = None,
+    ) -> Objective:
+        """What a training minimises: (cross-entropy + ``commitment`` |k - k_hat|^2) / ``n_token``.
+
+        Sums over the tokens of this call that are ``counted`` (None: all), divided by ``n_token``;
+        None: by all B T of this call, counted or not, as the official implementation does.
+        The commitment term counts the tokens that were ``learned`` in ``LM.forward``.
+        """
+        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        nats = (each if counted is None else each[counted.flatten()]).sum()
+        loss = (nats + commitment * self.commitment()) / (n_token or targets.numel())
+        return Objective(loss, nats.detach())
 
     def stats(self) -> tuple[CodeStats | None, ...]:
         """Codebook statistics, one a layer; None where there is no codebook or none asked for."""
@@ -91,23 +122,24 @@ class Layer(nn.Module):
             self.ff = SwiGLU(config.d_model, config.ff_width)
 
     def forward(
-        self, x: Tensor, state: MixerState, segments: Segments, with_stats: bool | None
-    ) -> tuple[Tensor, MixerState, VQAux | None]:
-        """Adds the sublayers to the stream ``x`` [B, T, D]."""
-        y, state, aux = self.mixer(self.mixer_norm(x), state, segments, with_stats)
-        x = x + self._drop(y)
+        self, x: Tensor, state: MixerState, segments: Segments, with_stats: bool | None,
+        seed: int | None,
+    ) -> tuple[Tensor, MixerState, VQAux | None]:  # fmt: skip
+        """Adds the sublayers to the stream ``x`` [B, T, D]; ``seed`` as in ``LM.forward``."""
+        seeds: list[int | None] = [None] * SEEDS_PER_LAYER
+        if seed is not None:
+            seeds = [SEEDS_PER_LAYER * seed + i for i in range(SEEDS_PER_LAYER)]
+        y, state, aux = self.mixer(self.mixer_norm(x), state, segments, with_stats, seeds[0])
+        x = x + self._drop(y, seeds[1])
         if self.has_ff:
-            x = x + self._drop(self.ff(self.ff_norm(x)))
+            x = x + self._drop(self.ff(self.ff_norm(x)), seeds[2])
         return x, state, aux
 
-    def _drop(self, y: Tensor) -> Tensor:
+    def _drop(self, y: Tensor, seed: int | None) -> Tensor:
         if not self.training:
             return y
-        y = F.dropout(y, self.config.dropout_residual)
-        if self.config.dropout_layer > 0:
-            row = y.new_ones(y.shape[0], 1, 1)
-            y = y * F.dropout(row, self.config.dropout_layer)
-        return y
+        y = drop(y, self.config.dropout_residual)
+        return y * drop(y.new_ones(y.shape[0], 1, 1), self.config.dropout_layer, seed)
 
 
 class LM(nn.Module):
@@ -122,6 +154,8 @@ class LM(nn.Module):
         self.config = config
         self.checkpointing = False
         """Whether layers are recomputed in the backward pass instead of kept (training only)."""
+        self.unused_output_bias: Tensor | None = None
+        """Kept by ``convert`` for the way back: the official model has it, and never uses it."""
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
         if config.absolute_position:
@@ -167,7 +201,9 @@ class LM(nn.Module):
         *,
         mask: Bool[Tensor, "B T"] | None = None,
         starts: Bool[Tensor, "B T"] | None = None,
+        learned: Bool[Tensor, "B T"] | None = None,
         with_stats: bool | None = None,
+        dropout_seed: int | None = None,
     ) -> LMOutput:
         """Logits of the token after each of ``tokens``, given all before it in its document.
 
@@ -176,18 +212,25 @@ class LM(nn.Module):
             state: what came before; None for nothing.  It is not changed.
             mask: True at real tokens, in any pattern; padding leaves no trace in the state.
             starts: True at the first token of a document; nothing before it is attended to.
+            learned: True at tokens whose keys count for commitment loss and codebook statistics;
+                None: all real ones.  Others are attended to and remembered all the same.
             with_stats: gather codebook statistics; None: in training mode only.
+            dropout_seed: decides which layers and sinusoids are dropped, so that all calls over
+                one long sequence can drop the same ones, as in the paper; None: drawn anew.
 
         Raises:
             ValueError: no tokens, or a state of another batch size.
         """
         state = self._checked_state(tokens, state)
-        segments = Segments.of(mask, starts)
+        segments = Segments.of(mask, starts, learned)
         tokens = segments.pack(tokens)
         x = self._embed(tokens, segments.positions(state.length, tokens.shape[1]))
         states, auxes = [], []
-        for layer, layer_state in zip(self._layers(), state.layers, strict=True):
-            arguments = (x, layer_state, segments, with_stats)
+        for index, (layer, layer_state) in enumerate(
+            zip(self._layers(), state.layers, strict=True)
+        ):
+            seed = None if dropout_seed is None else dropout_seed * len(self.layers) + index
+            arguments = (x, layer_state, segments, with_stats, seed)
             if self.checkpointing and self.training:
                 x, new, aux = checkpoint(layer, *arguments, use_reentrant=False)
             else:
@@ -220,7 +263,7 @@ class LM(nn.Module):
         if self.config.absolute_position:
             waves = sinusoid(positions, self.config.d_model, self.config.position_base, x.dtype)
             x = x + self.position_scale * waves
-        return F.dropout(x, self.config.dropout_embedding, self.training)
+        return drop(x, self.config.dropout_embedding) if self.training else x
 
     def _logits(self, x: Tensor) -> Tensor:
         x = self.norm(x) if self.config.final_norm else x

@@ -25,19 +25,27 @@ class Segments(NamedTuple):
     """Index in the unpacked row of each packed token; None: nothing was moved."""
     mask: Bool[Tensor, "B T"] | None = None
     """The mask as it was given, True at real tokens."""
+    learned: Bool[Tensor, "B T"] | None = None
+    """True at tokens that codebooks learn from, in packed order; None: all real ones."""
 
     @classmethod
     def of(
-        cls, mask: Bool[Tensor, "B T"] | None = None, starts: Bool[Tensor, "B T"] | None = None
+        cls,
+        mask: Bool[Tensor, "B T"] | None = None,
+        starts: Bool[Tensor, "B T"] | None = None,
+        learned: Bool[Tensor, "B T"] | None = None,
     ) -> Segments:
-        """From ``mask``, True at real tokens in any pattern, and ``starts``, True at the first
-        real token of each document (a start flagged on padding is ignored)."""
+        """From ``mask``, True at real tokens in any pattern; ``starts``, True at the first real
+        token of each document; ``learned``, True where keys count for commitment loss and codebook
+        statistics.  What is flagged on padding is ignored in both."""
         if mask is None:
-            return cls(starts=starts)
+            return cls(starts=starts, learned=learned)
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
         if starts is not None:
             starts = (starts & mask).gather(1, order)
-        return cls(mask.sum(1), starts, order, mask)
+        if learned is not None:
+            learned = (learned & mask).gather(1, order)
+        return cls(mask.sum(1), starts, order, mask, learned)
 
     def pack(self, x: Tensor) -> Tensor:
         """Moves the real tokens of ``x`` [B, T, ...] to the left of their rows."""
@@ -54,6 +62,10 @@ class Segments(NamedTuple):
         """True at the real tokens of the packed rows, of ``n_token`` tokens each."""
         index = torch.arange(n_token, device=device)[None]
         return index < (n_token if self.lengths is None else self.lengths[:, None])
+
+    def learnable(self, n_token: int, device: torch.device) -> Bool[Tensor, "#B T"]:
+        """True at the tokens of the packed rows that codebooks learn from."""
+        return self.valid(n_token, device) if self.learned is None else self.learned
 
     def documents(self, batch_size: int, n_token: int, device: torch.device) -> Tensor:
         """Int64 [B, T]: documents that began in this call up to and including each token."""

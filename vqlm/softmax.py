@@ -127,12 +127,13 @@ class SoftmaxAttention(nn.Module):
         state: SoftmaxState | None = None,
         segments: Segments = Segments(),  # noqa: B008  (immutable)
         with_stats: bool | None = None,
+        seed: int | None = None,
     ) -> tuple[Float[Tensor, "B T D"], SoftmaxState, None]:
         """As ``VQAttention.forward``; there is no codebook, so aux is None."""
         state = self.init_state(x.shape[0]) if state is None else state
         query, key, value, gate = self.project(x)
         heads, state = softmax_attention(
-            query, key, value, self.project.bias(), state, segments,
+            query, key, value, self.project.bias(seed), state, segments,
             block=self.config.block, window_only=self.window_only,
         )  # fmt: skip
         return self.project.merge(heads, gate), state, None

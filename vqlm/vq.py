@@ -279,19 +279,21 @@ class VQAttention(nn.Module):
         state: VQState | None = None,
         segments: Segments = Segments(),  # noqa: B008  (immutable)
         with_stats: bool | None = None,
+        seed: int | None = None,
     ) -> tuple[Float[Tensor, "B T D"], VQState, VQAux]:
         """Any number of tokens, after those that ``state`` has seen; T = 1 decodes.
 
         ``segments`` describes packed rows (``Segments.of(mask, starts).pack(x)``).
         ``with_stats``: gather codebook statistics; None: in training mode only.
+        ``seed``: of the sinusoids' dropout; None: torch's generator.
         """
         state = self.init_state(x.shape[0]) if state is None else state
         with_stats = self.training if with_stats is None else with_stats
         query, key, value, gate = self.project(x)
         codes = self.codebook.codes()
-        keys = self.codebook(key, codes, segments.valid(x.shape[1], x.device), with_stats)
+        keys = self.codebook(key, codes, segments.learnable(x.shape[1], x.device), with_stats)
         heads, state = vq_attention(
-            query, keys, value, codes, self.project.bias(), state, segments,
+            query, keys, value, codes, self.project.bias(seed), state, segments,
             block=self.config.block, cache_grad=self.config.cache_grad,
         )  # fmt: skip
         return self.project.merge(heads, gate), state, VQAux(keys.commitment, keys.stats)
