@@ -1,10 +1,13 @@
-"""Text as bytes: corpora, contiguous training lanes, and batches that cover a split exactly once.
+"""Documents as tokens: corpora, contiguous training lanes, batches that cover a split exactly once.
 
-Token ids: 0 padding, 1 end of document, 2 unknown (no byte is), byte b is b + 3.  A document
-d0 d1 ... dn is stored as d0 d1 ... dn END.  Targets are those tokens; inputs are the targets one
-step late, so the first input of every document is END, which is thus the start symbol as well.
+A document of text d0 d1 ... dn is stored as d0 d1 ... dn END; a picture, whose length is known, has
+no END.  Targets are the stored tokens; inputs are the targets one step late, and the first input of
+every document is END, which is thus the start symbol as well.
 
     load_corpus -> Corpus of three Splits -> Lanes (training) | evaluation_batches -> Batch
+
+Tokens may be a memory map of a file larger than memory (prepared.py): only what a batch needs is
+read.
 
 Axes: B batch (one row is one stream of text), T time.
 """
@@ -17,43 +20,32 @@ import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-PAD, END, UNKNOWN, N_SPECIAL = 0, 1, 2, 3
-VOCAB_SIZE = N_SPECIAL + 256
+from vqlm.vocabulary import BYTES, END, N_SPECIAL, PAD, UNKNOWN, VOCAB_SIZE, Vocabulary
+
+__all__ = [
+    "END", "N_SPECIAL", "PAD", "UNKNOWN", "VOCAB_SIZE", "Batch", "Corpus", "Lanes", "Split",
+    "decode", "encode", "evaluation_batches", "load_corpus",
+]  # fmt: skip
 
 _NOT_STDLIB_SOURCE = frozenset(
     ["site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"]
 )
 _BINARY_CHECK_BYTES = 8192
 
-# The inputs and the targets of one row of evaluation batches.
-_Row = tuple[NDArray[np.uint16], NDArray[np.uint16]]
+_Pieces = Int64[np.ndarray, "_ 2"]  # where in the split's tokens each begins, and its length
+_CHUNK = 1 << 16  # tokens looked at together where a split is read from its beginning
 
-
-def encode(text: bytes) -> NDArray[np.uint16]:
-    """Token ids uint16 [len(text)] of a byte string; no END is added."""
-    return np.frombuffer(text, np.uint8).astype(np.uint16) + np.uint16(N_SPECIAL)
-
-
-def decode(ids: NDArray[np.integer] | Sequence[int]) -> bytes:
-    """The byte string of token ids (any integer dtype, one axis); special ids are dropped.
-
-    Raises ValueError for ids outside [0, VOCAB_SIZE).
-    """
-    array = np.asarray(ids, dtype=np.uint16 if len(ids) == 0 else None)
-    if array.size and not 0 <= array.min() <= array.max() < VOCAB_SIZE:
-        raise ValueError(
-            f"decode: got ids from {array.min()} to {array.max()}, wanted 0 to {VOCAB_SIZE - 1}; "
-            "they come from another vocabulary"
-        )
-    return (array[array >= N_SPECIAL] - N_SPECIAL).astype(np.uint8).tobytes()
+encode, decode = BYTES.encode, BYTES.decode
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +53,19 @@ class Split:
     """Documents end to end."""
 
     tokens: NDArray[np.uint16]
-    """[n_tokens] the documents' tokens, each document followed by END."""
+    """[n_tokens] the documents' tokens; may be read-only and mapped from a file."""
     document_offsets: NDArray[np.int64]
     """[n_documents + 1] document i is tokens[document_offsets[i] : document_offsets[i + 1]]."""
-    names: tuple[str, ...]
-    """One name for each document: its path relative to the corpus's folder, with `/`."""
+    names: tuple[str, ...] = ()
+    """One name for each document, its path relative to the corpus's folder, with `/`; or none."""
+    has_ends: bool = True
+    """Whether the last token of each document is END."""
+    vocabulary: Vocabulary = BYTES
+    """What the tokens stand for."""
+    n_words: int | None = None
+    """Words in the whole split, by the count that is official for perplexities; None: unknown."""
+    known_bytes: int | None = None
+    """What n_bytes is, where that has been counted before; None: it is counted when asked for."""
 
     @classmethod
     def from_documents(
@@ -91,21 +91,30 @@ class Split:
 
     @property
     def n_documents(self) -> int:
-        return len(self.names)
+        """Number of documents, at least one."""
+        return len(self.document_offsets) - 1
 
-    @property
+    @cached_property
     def n_bytes(self) -> int:
         """Number of text bytes; the END after each document is not counted."""
-        return len(self.tokens) - self.n_documents
+        if self.known_bytes is not None:
+            return self.known_bytes
+        parts = np.split(self.tokens, range(_CHUNK, len(self.tokens), _CHUNK))
+        return sum(int(self.token_bytes[part].sum()) for part in parts)
+
+    @property
+    def token_bytes(self) -> Int64[np.ndarray, " size"]:
+        """Number of text bytes that each token id stands for; 0 for the special ids."""
+        return self.vocabulary.token_bytes
 
     def text(self) -> bytes:
         """All documents concatenated, nothing between them: what a compressor is given."""
-        return decode(self.tokens)
+        return self.vocabulary.decode(self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Three splits of one source of text."""
+    """Three splits of one source of text or of pictures, in one vocabulary."""
 
     train: Split
     validation: Split
@@ -114,6 +123,15 @@ class Corpus:
     """What was loaded, for logs: the file's or folder's name, or `stdlib-` and Python's version."""
     fingerprint: str
     """sha256 (hex) over document names and contents: a resumed run can notice changed data."""
+    kind: str = "text"
+    """"text", or "image": a document is a picture, its pixels in raster order, red green blue."""
+    picture_shape: tuple[int, int, int] | None = None
+    """(height, width, 3) of every picture; None for text."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the tokens of all three splits stand for."""
+        return self.train.vocabulary
 
 
 def load_corpus(source: str | Path | None) -> Corpus:
@@ -182,7 +200,6 @@ def _load_folder(root: Path, name: str, skipped_folders: frozenset[str], suffix:
 
 def _walk(root: Path, skipped_folders: frozenset[str], suffix: str) -> Iterator[str]:
     """Names, relative to `root` and with `/`, of the files below it that may be documents."""
-
     for folder, subfolders, files in os.walk(root, onerror=_refuse):
         subfolders[:] = [s for s in subfolders if s[0] != "." and s not in skipped_folders]
         for file in files:
@@ -253,7 +270,7 @@ class Batch(NamedTuple):
     mask: Tensor
     """bool [B, T] False at padding."""
     n_bytes: int
-    """Number of targets that are text bytes, that is neither END nor padding."""
+    """Bytes of text that the targets stand for; END and padding stand for none."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -262,20 +279,25 @@ class Batch(NamedTuple):
 
 
 def _batch(
-    inputs: NDArray[np.int64], targets: NDArray[np.int64], starts: NDArray[np.bool_]
+    inputs: Int64[np.ndarray, "B T"],
+    targets: Int64[np.ndarray, "B T"],
+    starts: Bool[np.ndarray, "B T"],
+    token_bytes: Int64[np.ndarray, " size"],
 ) -> Batch:
     x, y, s = torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(starts)
-    return Batch(x, y, s, mask=y != PAD, n_bytes=int((y >= N_SPECIAL).sum()))
+    return Batch(x, y, s, mask=y != PAD, n_bytes=int(token_bytes[targets].sum()))
 
 
 class Lanes:
     """Endless training batches: a split cut in `batch_size` lanes, each read in order, in a circle.
 
     Every lane is `len(split.tokens) // batch_size` tokens of contiguous text (fewer than batch_size
-    tokens at the end of the split are left over).  Batch i holds tokens [i * seq_len,
-    (i + 1) * seq_len) of each lane, so that a model's state can be carried from one batch to the
-    next; past its end a lane begins again.  `starts` is True at the first token of a document and
-    at the first token of a lane, whose input is the byte before it but whose context is elsewhere.
+    tokens at the end of the split are left over).  Documents of one length without END, that is
+    pictures, are not cut: a lane is then `n_documents // batch_size` of them.  Batch i holds tokens
+    [i * seq_len, (i + 1) * seq_len) of each lane, so that a model's state can be carried from one
+    batch to the next; past its end a lane begins again.  `starts` is True at the first token of a
+    document and at the first token of a lane, whose input is the token before it but whose context
+    is elsewhere.
 
     Args:
         batch_size: number of lanes, B.
@@ -287,16 +309,18 @@ class Lanes:
 
     def __init__(self, split: Split, batch_size: int, seq_len: int, cursor: int = 0) -> None:
         _check_positive("Lanes", batch_size=batch_size, seq_len=seq_len)
-        n_tokens = len(split.tokens)
-        if n_tokens < batch_size * seq_len:
+        unit = _lane_unit(split, batch_size)
+        n_units, units_wanted = len(split.tokens) // unit, -(-seq_len // unit)
+        if n_units < batch_size * units_wanted:
             raise ValueError(
-                f"Lanes: got {n_tokens} tokens, wanted at least {batch_size * seq_len} for "
-                f"batch_size={batch_size} lanes of seq_len={seq_len}; the largest batch_size at "
-                f"this seq_len is {n_tokens // seq_len}, the largest seq_len at this batch_size is "
-                f"{n_tokens // batch_size}"
+                f"Lanes: got {len(split.tokens)} tokens, wanted at least "
+                f"{batch_size * units_wanted * unit} for batch_size={batch_size} lanes of "
+                f"seq_len={seq_len}; the largest batch_size at this seq_len is "
+                f"{n_units // units_wanted}, the largest seq_len at this batch_size is "
+                f"{n_units // batch_size * unit}"
             )
         self._split = split
-        self._lane_length = n_tokens // batch_size
+        self._lane_length = n_units // batch_size * unit
         self._lane_starts = np.arange(batch_size)[:, None] * self._lane_length  # [B, 1]
         self._seq_len = seq_len
         self.load_state_dict({"cursor": cursor})
@@ -306,13 +330,12 @@ class Lanes:
         begin = self._cursor * self._seq_len
         in_lane = np.arange(begin, begin + self._seq_len) % self._lane_length  # [T]
         index = self._lane_starts + in_lane  # [B, T]
-        tokens = self._split.tokens
+        tokens, offsets = self._split.tokens, self._split.document_offsets
+        begins = offsets[np.searchsorted(offsets, index)] == index
         targets = tokens[index].astype(np.int64)
-        # Index -1, for the first token of all, is the END of the last document: the start symbol.
-        inputs = tokens[index - 1].astype(np.int64)
-        starts = (inputs == END) | (in_lane == 0)
+        inputs = np.where(begins, END, tokens[index - 1].astype(np.int64))
         self._cursor += 1
-        return _batch(inputs, targets, starts)
+        return _batch(inputs, targets, begins | (in_lane == 0), self._split.token_bytes)
 
     def state_dict(self) -> dict[str, int]:
         """The number of batches taken; it has meaning for the same split, batch_size, seq_len."""
@@ -340,65 +363,85 @@ def evaluation_batches(
 
     Whole documents are dealt out to B = min(batch_size, number of documents) rows.  Batch after
     batch walks along the rows, so a caller who carries the state from one to the next sees every
-    byte with all of its document before it, and gets the same sum of losses for every batch_size
+    token with all of its document before it, and gets the same sum of losses for every batch_size
     and seq_len.  Rows that have ended are padded on the right; the last batch may be narrower.
+    Tokens are read when their batch is asked for.
 
     Args:
-        max_bytes: take only the first documents up to this many text bytes, the last of them cut
-            (its END is then left out), for a quick look; None takes everything.
+        max_bytes: take only the first tokens that stand for up to this many bytes of text, at least
+            one token, for a quick look; the last document may be cut.  None takes everything.
         context_len: cut documents in pieces of this many tokens, each read as a document of its
             own (the paper's protocol, and what models with a growing state need); None: whole.
 
     Raises ValueError when a number is below 1, before the first batch is asked for.
     """
     _check_positive("evaluation_batches", batch_size=batch_size, seq_len=seq_len)
-    if max_bytes is not None:
-        _check_positive("evaluation_batches", max_bytes=max_bytes)
-    documents = _first_documents(split, split.n_bytes if max_bytes is None else max_bytes)
+    optional = {"max_bytes": max_bytes, "context_len": context_len}
+    _check_positive("evaluation_batches", **{k: n for k, n in optional.items() if n is not None})
+    pieces = _pieces(split, max_bytes, context_len)
+    return _walk_rows(split, _deal(pieces, min(batch_size, len(pieces))), seq_len)
+
+
+def _pieces(split: Split, max_bytes: int | None, context_len: int | None) -> _Pieces:
+    """What is to be read, in order: documents, or their parts of at most context_len tokens."""
+    n_tokens = len(split.tokens) if max_bytes is None else _tokens_within(split, max_bytes)
+    begins = split.document_offsets[: np.searchsorted(split.document_offsets, n_tokens)]
+    lengths = np.diff(begins, append=n_tokens)
     if context_len is not None:
-        _check_positive("evaluation_batches", context_len=context_len)
-        documents = [
-            d[i : i + context_len] for d in documents for i in range(0, len(d), context_len)
-        ]
-    return _walk_rows(_deal(documents, min(batch_size, len(documents))), seq_len)
+        n_parts = -(-lengths // context_len)
+        # 0, 1, ... n_parts - 1 for each document.
+        part = np.arange(n_parts.sum()) - np.repeat(np.cumsum(n_parts) - n_parts, n_parts)
+        begins = np.repeat(begins, n_parts) + part * context_len
+        lengths = np.minimum(np.repeat(lengths, n_parts) - part * context_len, context_len)
+    return np.stack([begins, lengths], axis=1)
 
 
-def _first_documents(split: Split, max_bytes: int) -> list[NDArray[np.uint16]]:
-    offsets = split.document_offsets
-    bytes_before = offsets[:-1] - np.arange(split.n_documents)
-    documents = []
-    for i in np.flatnonzero(bytes_before < max_bytes):
-        document = split.tokens[offsets[i] : offsets[i + 1]]
-        n_left = int(max_bytes - bytes_before[i])
-        documents.append(document if len(document) - 1 <= n_left else document[:n_left])
-    return documents
+def _tokens_within(split: Split, max_bytes: int) -> int:
+    """The largest number of tokens, from the first one, that stand for at most max_bytes."""
+    n_left = max_bytes
+    for begin in range(0, len(split.tokens), _CHUNK):
+        ends = np.cumsum(split.token_bytes[split.tokens[begin : begin + _CHUNK]])
+        if ends[-1] > n_left:
+            return max(1, begin + int(np.searchsorted(ends, n_left, side="right")))
+        n_left -= int(ends[-1])
+    return len(split.tokens)
 
 
-def _deal(documents: list[NDArray[np.uint16]], n_rows: int) -> list[_Row]:
-    """The longest document goes first, each to the row that is shortest by then."""
-    rows: list[list[NDArray[np.uint16]]] = [[] for _ in range(n_rows)]
+def _deal(pieces: _Pieces, n_rows: int) -> list[_Pieces]:
+    """The longest piece goes first, each to the row that is shortest by then."""
+    rows: list[list[int]] = [[] for _ in range(n_rows)]
     lengths = [(0, row) for row in range(n_rows)]
-    for document in sorted(documents, key=len, reverse=True):
+    for i in np.argsort(-pieces[:, 1], kind="stable").tolist():
         length, row = lengths[0]
-        rows[row].append(document)
-        heapq.heapreplace(lengths, (length + len(document), row))
-    start = np.full(1, END, np.uint16)
-    return [
-        (np.concatenate([part for d in row for part in (start, d[:-1])]), np.concatenate(row))
-        for row in rows
-    ]
+        rows[row].append(i)
+        heapq.heapreplace(lengths, (length + int(pieces[i, 1]), row))
+    return [pieces[row] for row in rows]
 
 
-def _walk_rows(rows: list[_Row], seq_len: int) -> Iterator[Batch]:
-    n_steps = max(len(targets) for _, targets in rows)
+def _walk_rows(split: Split, rows: list[_Pieces], seq_len: int) -> Iterator[Batch]:
+    ends = [np.cumsum(row[:, 1]) for row in rows]
+    n_steps = int(max(row_ends[-1] for row_ends in ends))
     for begin in range(0, n_steps, seq_len):
         shape = len(rows), min(seq_len, n_steps - begin)
         inputs, targets = np.full(shape, PAD, np.int64), np.full(shape, PAD, np.int64)
-        for i, (row_inputs, row_targets) in enumerate(rows):
-            window = row_inputs[begin : begin + seq_len]
-            inputs[i, : len(window)] = window
-            targets[i, : len(window)] = row_targets[begin : begin + seq_len]
-        yield _batch(inputs, targets, inputs == END)
+        starts = np.zeros(shape, np.bool_)
+        for i, (row, row_ends) in enumerate(zip(rows, ends, strict=True)):
+            step = np.arange(begin, min(begin + seq_len, int(row_ends[-1])))
+            piece = np.searchsorted(row_ends, step, side="right")
+            in_piece = step - (row_ends - row[:, 1])[piece]
+            index = row[piece, 0] + in_piece
+            targets[i, : len(step)] = split.tokens[index]
+            starts[i, : len(step)] = in_piece == 0
+            inputs[i, : len(step)] = np.where(in_piece == 0, END, split.tokens[index - 1])
+        yield _batch(inputs, targets, starts, split.token_bytes)
+
+
+def _lane_unit(split: Split, batch_size: int) -> int:
+    """Number of tokens that a lane's length must be a multiple of."""
+    if split.has_ends or split.n_documents < batch_size:
+        return 1
+    lengths = np.diff(split.document_offsets)
+    return int(lengths[0]) if (lengths == lengths[0]).all() else 1
 
 
 def _check_positive(operation: str, **numbers: int) -> None:
