@@ -93,17 +93,21 @@ def _open(folder: Path) -> Corpus:
         raise _damaged(
             folder, f"its vocabulary is {vocabulary.kind} of {vocabulary.size} ids, not {want}"
         )
-    splits = [_open_split(folder, name, manifest["splits"][name], vocabulary) for name in SPLITS]
+    train, validation, test = (
+        _open_split(folder, name, manifest["splits"][name], vocabulary) for name in SPLITS
+    )
     shape = manifest.get("picture_shape")
-    for split in splits if shape else ():
-        if not (np.diff(split.document_offsets) == math.prod(shape)).all():
+    if shape is not None:
+        lengths = np.concatenate([np.diff(s.document_offsets) for s in (train, validation, test)])
+        if np.any(lengths != math.prod(shape)):
             raise _damaged(folder, f"it has pictures of another size than {shape}")
     # Only what decides the tokens: not the name, nor where the sources were.
     decisive = {key: manifest[key] for key in ("kind", "vocabulary", "splits", "files")}
     fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     return Corpus(
-        *splits, manifest["name"], fingerprint, manifest["kind"], tuple(shape) if shape else None
-    )
+        train, validation, test, manifest["name"], fingerprint, manifest["kind"],
+        tuple(shape) if shape else None,
+    )  # fmt: skip
 
 
 def _open_split(folder: Path, name: str, facts: dict[str, Any], vocabulary: Vocabulary) -> Split:
@@ -116,7 +120,7 @@ def _open_split(folder: Path, name: str, facts: dict[str, Any], vocabulary: Voca
         # A plain array over the map: memmap's own class would cling to every batch.
         arrays.append(np.asarray(np.memmap(path, dtype, "r")))
     tokens, offsets = arrays
-    if offsets[0] != 0 or offsets[-1] != len(tokens) or not (np.diff(offsets) > 0).all():
+    if offsets[0] != 0 or offsets[-1] != len(tokens) or np.any(np.diff(offsets) <= 0):
         raise _damaged(folder, f"{name}.offsets.bin has borders of documents out of order")
     return Split(
         tokens, offsets, (), facts["has_ends"], vocabulary, facts["n_words"], facts["n_bytes"]
