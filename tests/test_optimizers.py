@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from vqlm.config import LMConfig, TrainConfig
+from vqlm.config import OPTIMIZERS, SCHEDULES, LMConfig
 from vqlm.model import LM
 from vqlm.optimizers import (
-    OPTIMIZERS,
-    SCHEDULES,
     Adafactor,
     load_state_tensors,
     make_optimizer,
@@ -92,7 +91,7 @@ def test_official_updates(official: Arrays, recipe: str) -> None:
 def test_the_fixture_tells_recipes_apart(official: Arrays) -> None:
     assert largest_error(official, "enwik8", decays=False) > 1e-4
     # The norm that gradients are clipped to is over the main leaves; the codebook's is large.
-    assert largest_error(official, "enwik8", clip_with=("q/c_sum", "q/c_count")) > 1e-6
+    assert largest_error(official, "enwik8", clip_with=("q/c_sum", "q/c_count")) > 1e-4
 
 
 def test_codebook_leaves_take_a_plain_step_of_the_unclipped_gradient(official: Arrays) -> None:
@@ -198,8 +197,9 @@ def test_lion_is_the_sign_of_the_mixed_momentum() -> None:
 
 
 # Dimensions around 128, the two largest in any place, and a scalar.
-@pytest.mark.parametrize("shape", [(127, 300), (128, 129), (130, 128), (129, 2, 131), (5,), ()])
+@pytest.mark.parametrize("shape", [(127, 300), (130, 128), (129, 2, 131), ()])
 def test_adafactor_is_optax_s(shape: tuple[int, ...]) -> None:
+    jax = pytest.importorskip("jax", reason="needs the extra 'official'")
     optax = pytest.importorskip("optax", reason="needs the extra 'official'")
     generator = np.random.default_rng(0)
     start = np.asarray(generator.normal(size=shape), np.float32)
@@ -214,7 +214,7 @@ def test_adafactor_is_optax_s(shape: tuple[int, ...]) -> None:
         gradient = np.asarray(generator.normal(size=shape) * 10.0**step, np.float32)
         if gradient.ndim:
             gradient[:1] = 0
-        updates, state = theirs.update(gradient, state, want)
+        updates, state = jax.jit(theirs.update)(gradient, state, want)
         want = optax.apply_updates(want, updates)
         ours.grad = torch.tensor(gradient)
         optimizer.step()
@@ -328,7 +328,8 @@ def test_state_that_does_not_fit_is_refused_by_name(name: str) -> None:
         ({"betas": (0.9, 1.0)}, "betas=.*1.0"),
         ({"betas": (-0.1, 0.9)}, "betas=.*-0.1"),
         ({"eps": -1.0}, "eps=-1.0"),
-        ({"weight_decay": 1.0}, "weight_decay=1.0"),
+        ({"weight_decay": 1.0, "official_decay": True}, "weight_decay=1.0"),
+        ({"weight_decay": math.inf}, "weight_decay=inf"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
     ],
 )
@@ -344,7 +345,7 @@ def test_nothing_to_train_is_refused() -> None:
 
 
 def test_lion_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "lion_pytorch", None)
+    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
     with pytest.raises(ValueError, match=r"pip install 'vqlm\[train\]'"):
         make(leaves(), "lion")
 
@@ -355,13 +356,15 @@ SHARES = st.floats(0, 3)
 FINALS = st.floats(0, 1)
 
 
-@given(STEPS, st.integers(1, 1000), SHARES, FINALS)
-def test_the_default_is_what_trainings_have_had(
-    step: int, warmup: int, share: float, final: float
+@pytest.mark.parametrize(
+    ("step", "share", "want"),
+    [(0, 0.0, 1 / 4), (1, 0.1, 2 / 4 * (0.2 + 0.8 * (1 + math.cos(0.1 * math.pi)) / 2)),
+     (3, 0.5, 0.6), (9, 0.5, 0.6), (9, 1.0, 0.2), (9, 1.7, 0.2)],
+)  # fmt: skip
+def test_the_default_warms_up_from_its_first_step_while_it_falls(
+    step: int, share: float, want: float
 ) -> None:
-    config = TrainConfig(warmup_steps=warmup, final_rate=final, learning_rate=3e-3)
-    got = 3e-3 * schedule("cosine", step, warmup, share, final_rate=final)
-    assert math.isclose(got, config.rate(step, share), rel_tol=1e-12, abs_tol=1e-18)
+    assert math.isclose(schedule("cosine", step, 4, share, final_rate=0.2), want, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize(
