@@ -8,6 +8,7 @@ computed from a sum over tokens are exact.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -22,6 +23,7 @@ MODEL_FILE = "vocabulary.model"
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside its pieces
 _MAX_LINE_BYTES = 1 << 16
+_MAX_KNOWN = 1 << 18  # words whose ids are remembered
 # What a normalizer would change: spaces at the ends and in runs, controls, compatibility forms.
 _PROBE = "  a\t\n\r\n b\0 \ufb01 \uff21 e\u0301 \U0001f600 <s></s><unk> "
 
@@ -127,7 +129,12 @@ class SentencePieceVocabulary:
                 f"SentencePiece model: {len(single)} ids of single bytes among {self.size}, wanted "
                 "all 256 among at most 65536; train one with train_sentencepiece"
             )
-        self._space = [single[bytes([b])] for b in _SPACE.encode()]
+        # Parts that no piece reaches across, as when pieces are learned within words and lines:
+        # encoded one by one they give the same ids, and most words have been seen before.
+        apart = not any(b"\n" in piece or b" " in piece.lstrip(b" ") for piece in self._learned())
+        word = r"\n| *[^ \n_]+| +" if apart else r"[^_]+"
+        self._part = re.compile(f"_|{word}".replace("_", _SPACE))
+        self._known = {_SPACE: [single[bytes([b])] for b in _SPACE.encode()]}
         self.token_bytes: Int64[np.ndarray, " size"] = np.array(
             [len(piece) for piece in self._pieces], np.int64
         )
@@ -151,6 +158,9 @@ class SentencePieceVocabulary:
             if self._processor.is_byte(i):
                 yield i, self._pieces[i][0]
 
+    def _learned(self) -> Iterator[bytes]:
+        return (p for i, p in enumerate(self._pieces) if not self._processor.is_byte(i))
+
     def encode(self, text: bytes) -> UInt16[np.ndarray, " n"]:
         """Token ids uint16 [n] of UTF-8 text; no END is added.
 
@@ -164,9 +174,12 @@ class SentencePieceVocabulary:
                 f"(0x{text[error.start]:02x}); convert it to UTF-8 first"
             ) from error
         ids: list[int] = []
-        for i, part in enumerate(decoded.split(_SPACE)):
-            ids += self._space if i else []
-            ids += self._processor.encode(part)
+        for part in self._part.findall(decoded):
+            if (part_ids := self._known.get(part)) is None:
+                part_ids = self._processor.encode(part)
+                if len(part) < 64 and len(self._known) < _MAX_KNOWN:
+                    self._known[part] = part_ids
+            ids += part_ids
         array = np.array(ids, np.uint16)
         if (n_bytes := int(self.token_bytes[array].sum())) != len(text):
             raise ValueError(f"SentencePiece model: {len(text)} bytes became {n_bytes}")
