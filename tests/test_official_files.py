@@ -93,6 +93,15 @@ def test_flax_msgpack(tmp_path: Path, wrap: Callable[[Tree], Tree]) -> None:
     require_tree(read_official(file))
 
 
+def test_flax_msgpack_of_many_leaves(tmp_path: Path) -> None:
+    """From 16 on, msgpack writes a map with another first byte."""
+    serialization = pytest.importorskip("flax.serialization", reason=NEEDS)
+    many = {f"x{i}": np.full(2, i) for i in range(16)}
+    (tmp_path / "run").write_bytes(serialization.to_bytes(many))
+    arrays = read_official(tmp_path / "run")
+    assert arrays.keys() == many.keys() and all((arrays[key] == many[key]).all() for key in many)
+
+
 def test_arrays_that_flax_stores_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serialization = pytest.importorskip("flax.serialization", reason=NEEDS)
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 8)
