@@ -11,15 +11,18 @@ alone.  So all states can be had first, and then every block is a row of its own
 Outputs, state and gradients, also which pairs have one, are those of ``vq.vq_attention``.
 
 Reductions.  "matmul": one product with a triangular matrix of zeros and ones; N^2 S V
-multiplications, on hardware that likes products.  "scan": the log-depth scan of Hillis and Steele,
-log2(N) passes over the sums of N blocks.  A document's first block starts its sums anew, and both
-reductions know of that.
+multiplications, on hardware that likes products.  "scan": a running sum over the blocks, N
+additions of S V numbers one after another.  (Scans of log2(N) depth and ``torch.cumsum`` took 2.5
+to 13 times as long on a CPU core, since they go over the memory more often.)  Where a document
+begins between blocks the sums begin anew, in both.
 
 When it wins and loses.  The sums of all blocks exist at once, B N G S V numbers and a small
 multiple of that with the backward pass: N times the slots of the serial loop, so memory grows with
-T S V / L.  Nothing is saved in multiplications.  What is saved is the wait between blocks, which
-matters where one block is too small to fill the device: a GPU with few rows in the batch.  A
-CPU core is filled by one block, there the serial loop is at least as good.
+T S V / L.  Multiplications are not saved.  What is saved is the wait between blocks, which matters
+where one block is too small to fill the device.  It fills a CPU core: there this is up to 1.1
+times as fast as the serial loop where slots are few (multi-query, 2,048 tokens) and down to 0.7
+times where they are many (one head of width 1,024, 8,192 tokens; 512 codes and blocks of 128 both).
+No other device has been measured.
 
 Axes: as in ``vq``; N blocks.
 """
@@ -164,7 +167,7 @@ def _slots(
     n_leaving = (n_block - 1) * block
     left = documents[:, :n_leaving].unflatten(1, (n_block - 1, block))
     newest = left[:, :, -1]
-    weight = ((left == newest[..., None]) & (left >= 0)).to(value.dtype)[:, :, None, :, None]
+    weight = (left == newest[..., None]).to(value.dtype)[:, :, None, :, None]
 
     def by_block(x: Tensor) -> Tensor:
         return rearrange(x[:, :, :n_leaving], "b g (n l) v -> b n g l v", l=block)
@@ -201,14 +204,13 @@ def _matmul(
 def _scan(
     x: Float[Tensor, "B N G S V"], document: Int[Tensor, "B N"]
 ) -> Float[Tensor, "B N G S V"]:
-    """The same sums in log2(N) passes: each doubles how many blocks a sum reaches back."""
-    reach = 1
-    while reach < x.shape[1]:
-        # Documents come one after another: with both ends of a stretch, all of it is of one.
-        same = (document[:, reach:] == document[:, :-reach])[:, :, None, None, None]
-        x = torch.cat([x[:, :reach], x[:, reach:] + x[:, :-reach] * same], 1)
-        reach *= 2
-    return x
+    """The same sums, each from the one before it; starts again where a document does."""
+    same = (document[:, 1:] == document[:, :-1]).to(x.dtype)[:, :, None, None, None]
+    first, *rest = x.unbind(1)
+    sums = [first]
+    for new, goes_on in zip(rest, same.unbind(1), strict=True):
+        sums.append(torch.addcmul(new, sums[-1], goes_on))
+    return torch.stack(sums, 1)
 
 
 _REDUCE = {"matmul": _matmul, "scan": _scan}
