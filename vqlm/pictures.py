@@ -24,7 +24,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LA
 
 
 def load_picture(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The middle square of a picture file, scaled to `size` x `size` pixels, as RGB.
+    """The middle square of a picture file, scaled to `size` x `size` pixels by averaging, as RGB.
 
     Turned as its EXIF data says; of an animation the first frame; transparency is dropped.
 
@@ -44,7 +44,7 @@ def load_picture(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
         try:
             with Image.open(file, formats=_FORMATS) as image:
                 rgb = _to_rgb(ImageOps.exif_transpose(image))
-                square = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
+                square = ImageOps.fit(rgb, (size, size), Image.Resampling.BOX)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"{path}: {error}; scale it down first, or leave it out") from error
         except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:

@@ -286,14 +286,13 @@ def _number_in_name(path: Path) -> tuple[int, str]:
 
 
 def _count_pictures(path: Path) -> int:
-    with _reading(path), zipfile.ZipFile(path) as archive, archive.open("data.npy") as file:
-        return _read_header(file)
+    with _opened(path) as (_, n):
+        return n
 
 
 def _planar_rows(path: Path) -> Iterator[UInt8[np.ndarray, "n 12288"]]:
     """Some pictures after the other; the last read meets the archive's checksum."""
-    with _reading(path), zipfile.ZipFile(path) as archive, archive.open("data.npy") as file:
-        n_left = _read_header(file)
+    with _opened(path) as (file, n_left):
         while n_left:
             n = min(n_left, _ROWS)
             content = file.read(n * 12288)
@@ -305,24 +304,23 @@ def _planar_rows(path: Path) -> Iterator[UInt8[np.ndarray, "n 12288"]]:
             raise ValueError("it is longer than its header says")
 
 
-def _read_header(file: IO[bytes]) -> int:
-    """Reads the head of `data.npy`; returns the number of pictures that follow."""
-    major = np.lib.format.read_magic(file)[0]
-    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    if major not in read:
-        raise ValueError(f"data.npy has format version {major}, wanted 1 or 2")
-    shape, fortran, dtype = read[major](file)
-    if dtype != np.uint8 or len(shape) != 2 or shape[1] != 12288 or shape[0] < 1 or fortran:
-        order = ", column by column" if fortran else ""
-        raise ValueError(f"data is {dtype} {shape}{order}, wanted uint8 (n, 12288)")
-    return int(shape[0])
-
-
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Whatever is wrong with an archive, the error names it."""
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
+    """The pixels in an archive, and the number of pictures; errors in reading them name it."""
     try:
-        yield
+        with zipfile.ZipFile(path) as archive, archive.open("data.npy") as file:
+            major = np.lib.format.read_magic(file)[0]
+            read = {
+                1: np.lib.format.read_array_header_1_0,
+                2: np.lib.format.read_array_header_2_0,
+            }
+            if major not in read:
+                raise ValueError(f"data.npy has format version {major}, wanted 1 or 2")
+            shape, fortran, dtype = read[major](file)
+            if dtype != np.uint8 or len(shape) != 2 or shape[1] != 12288 or not shape[0] or fortran:
+                order = ", column by column" if fortran else ""
+                raise ValueError(f"data is {dtype} {shape}{order}, wanted uint8 (n, 12288)")
+            yield file, int(shape[0])
     except (
         zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, ValueError, RuntimeError,
     ) as error:  # fmt: skip

@@ -223,6 +223,10 @@ class _Output:
             pass
 
 
+class _TooLittleSpace(OSError):
+    """Told before anything is written."""
+
+
 class PreparedWriter:
     """Writes a prepared folder; until `publish` has returned there is none.
 
@@ -291,16 +295,15 @@ class PreparedWriter:
             output.abandon()
         shutil.rmtree(self._partial, ignore_errors=True)  # renamed away where all went well
         self._lock.close()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno, f"{self.folder}: the disk filled up; nothing was prepared"
-            ) from error
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full and not isinstance(error, _TooLittleSpace):
+            raise OSError(f"{self.folder}: the disk filled up; nothing was prepared") from error
 
     def require_space(self, n_bytes: int) -> None:
         """Raises OSError, before hours of work, if the disk has no room for n_bytes more."""
         free = shutil.disk_usage(self._partial).free
         if free < n_bytes + _MARGIN:
-            raise OSError(
+            raise _TooLittleSpace(
                 errno.ENOSPC,
                 f"{self.folder} needs about {n_bytes / 1e9:.1f} GB more, its disk has "
                 f"{free / 1e9:.1f} GB free; free some, or choose another disk",

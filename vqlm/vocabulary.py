@@ -140,10 +140,7 @@ class SentencePieceVocabulary:
         )
         self.token_bytes.flags.writeable = False
         if self.decode(self.encode(_PROBE.encode())) != _PROBE.encode():
-            raise ValueError(
-                "SentencePiece model: it changes text (spaces, compatibility characters), so no "
-                "figure per byte would be exact; train one with train_sentencepiece"
-            )
+            raise self._changes_text()
 
     def _bytes_of(self, i: int) -> bytes:
         if self._processor.is_control(i) or self._processor.is_unknown(i):
@@ -157,6 +154,12 @@ class SentencePieceVocabulary:
         for i in range(self.size):
             if self._processor.is_byte(i):
                 yield i, self._pieces[i][0]
+
+    def _changes_text(self) -> ValueError:
+        return ValueError(
+            "SentencePiece model: it changes text (spaces, compatibility characters), so no "
+            "figure per byte would be exact; train one with train_sentencepiece"
+        )
 
     def _learned(self) -> Iterator[bytes]:
         return (p for i, p in enumerate(self._pieces) if not self._processor.is_byte(i))
@@ -181,8 +184,8 @@ class SentencePieceVocabulary:
                     self._known[part] = part_ids
             ids += part_ids
         array = np.array(ids, np.uint16)
-        if (n_bytes := int(self.token_bytes[array].sum())) != len(text):
-            raise ValueError(f"SentencePiece model: {len(text)} bytes became {n_bytes}")
+        if self.token_bytes[array].sum() != len(text):
+            raise self._changes_text()
         return array
 
     def decode(self, ids: NDArray[np.integer] | Sequence[int]) -> bytes:
@@ -224,10 +227,10 @@ def train_sentencepiece(
 
     Raises ValueError when there is too little text for so many pieces, naming the largest size.
     """
-    if not 512 <= size <= 1 << 16 or sample_bytes < 1:
+    if not VOCAB_SIZE < size <= 1 << 16 or sample_bytes < 1:
         raise ValueError(
             f"train_sentencepiece: got size={size} and sample_bytes={sample_bytes}, wanted a size "
-            "of 512 to 65536 (259 ids are specials and bytes) and at least one byte"
+            "of 260 to 65536 (259 ids are specials and bytes) and at least one byte"
         )
     import io
 
