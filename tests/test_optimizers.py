@@ -175,6 +175,15 @@ def test_frozen_parameters_are_left_out() -> None:
     assert sorted(names) == sorted(set(named) - {"a.weight"})
 
 
+@pytest.mark.parametrize(("eps", "want"), [(1e-9, 1 / 1.01), (1e-7, 0.5), (3e-7, 0.25)])
+def test_adamw_adds_eps_outside_the_root(eps: float, want: float) -> None:
+    x = nn.Parameter(torch.zeros(3))
+    optimizer = make({"x": x}, "adamw", learning_rate=1.0, eps=eps)
+    x.grad = torch.full_like(x, 1e-7)
+    optimizer.step()
+    assert_close(x.detach(), torch.full((3,), -want))
+
+
 def test_lion_is_the_sign_of_the_mixed_momentum() -> None:
     pytest.importorskip("lion_pytorch", reason="needs the extra 'train'")
     named = leaves()
