@@ -101,6 +101,7 @@ def test_an_interrupted_cell_goes_on_to_the_same_result(
     assert not (folder / "result.json").exists()
     newest = checkpoint.newest_checkpoint(folder)
     assert newest is not None and newest.name == "step-00000003"
+    stop_at(monkeypatch, 4)  # so it would stop, if it began from the beginning
     again = run_cell(cell, corpus, None, tmp_path / "cut")
     assert whole is not None and again is not None
     assert {**again, "minutes": 0} == {**whole, "minutes": 0}
@@ -146,10 +147,10 @@ def results(*facts: tuple[str, int, float, list[float]]) -> list[tuple[Cell, dic
 def test_rows_by_hand() -> None:
     first, second, third = summarise(
         results(
-            ("8", 0, 2.0, [4.0, 6.0]),
+            ("8", 1, 4.0, [8.0, 8.0]),
             ("16", 0, 1.5, [10.0]),
             ("32", 2, 1.0, []),
-            ("8", 1, 4.0, [8.0, 8.0]),
+            ("8", 0, 2.0, [4.0, 6.0]),
         )  # fmt: skip
     )
     assert (first["value"], first["bits_per_byte"], first["difference"]) == ("8", 3.0, 0.0)

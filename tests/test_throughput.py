@@ -37,6 +37,21 @@ def test_what_is_timed_is_the_layer_of_the_model(heads: str) -> None:
     assert nothing == 0 and not torch.allclose(quadratic, want)
 
 
+def test_each_reduction_is_timed_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their results are equal, so only the call can tell them apart."""
+    right, asked = throughput.vq_attention_parallel, []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["reduction"])
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(throughput, "vq_attention_parallel", noted)
+    layers = Layers(config_of(TINY, "mha"), (1, 11), torch.float32)
+    for attention in ATTENTIONS:
+        layers.forward(attention)
+    assert asked == ["matmul", "scan"]
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_step_gives_every_parameter_a_gradient(attention: str) -> None:
     layers = Layers(config_of(TINY, "shga"), (1, 11), torch.float32)
