@@ -103,6 +103,8 @@ def test_lanes_of_pictures_say_what_would_fit() -> None:
     Lanes(split, 5, 12)
     with pytest.raises(ValueError, match="at least 72 .*batch_size .* is 5, .*seq_len .* is 6$"):
         Lanes(split, 6, 7)
+    # Texts that happen to be of one length are cut anywhere, as all texts are.
+    Lanes(Split.from_documents([bytes(5)] * 10), 6, 10)
     # One long document, as enwik8 is, is cut anywhere.
     Lanes(without_ends([bytes(60)]), 7, 8)
 

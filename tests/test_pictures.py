@@ -74,12 +74,13 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     save_png(picture(50, 50), tmp_path / "good.png")
     good = (tmp_path / "good.png").read_bytes()
     Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "rare.ico")  # Pillow would read it
     bad = {"empty.png": b"", "text.jpg": b"hello", "cut.png": good[: len(good) // 2]}
     bad |= {"broken.png": good[:60] + b"\0" * 40 + good[100:], "head.png": good[:20]}
     bad |= {"script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n"}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-    for name in (*bad, "deep.png"):
+    for name in (*bad, "deep.png", "rare.ico"):
         with pytest.raises(ValueError, match=f"{name} is not a picture that can be read"):
             load_picture(tmp_path / name, 8)
     with pytest.raises(FileNotFoundError):

@@ -108,7 +108,8 @@ LISTED = "".join(f"{name.split('/')[1]},t\n" for name in BOOKS)
         ({"test/31": b""}, None, "31.txt is empty"),
         ({"test/31": b"ab\xe9 latin"}, None, r"31.txt is not UTF-8: .* byte 2 \(0xe9\)"),
         ({"train/4": b"\xff"}, None, r"train/4.txt is not UTF-8: .* byte 0"),
-        ({}, "\ufeffid,title\n" + LISTED, None),  # a heading, with a byte order mark
+        ({}, "id,title\n" + LISTED, None),  # a heading
+        ({}, "\ufeff" + LISTED, None),  # a byte order mark
     ],
 )
 def test_lists_and_books_that_do_not_agree(
@@ -170,12 +171,12 @@ def rewrite(path: Path, **arrays: Any) -> None:
     np.savez(path, **arrays)
 
 
-def shorten_inside(path: Path) -> None:
-    """A sound archive with an array that ends early."""
+def change_inside(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """A sound archive with an array that is not what its head says."""
     with zipfile.ZipFile(path) as opened:
         content = opened.read("data.npy")
     with zipfile.ZipFile(path, "w") as opened:
-        opened.writestr("data.npy", content[:-5])
+        opened.writestr("data.npy", change(content))
 
 
 def flip(path: Path) -> None:
@@ -196,7 +197,9 @@ SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:30_000]), "not a zip file"),
     "empty": (lambda path: path.write_bytes(b""), "not a zip file"),
     "flipped": (flip, "CRC"),
-    "short": (shorten_inside, "ends 2 pictures early"),
+    "short": (lambda path: change_inside(path, lambda c: c[:-5]), "ends 2 pictures early"),
+    "long": (lambda path: change_inside(path, lambda c: c + b"x"), "longer than its header"),
+    "version": (lambda path: change_inside(path, lambda c: c[:6] + b"\3" + c[7:]), "version 3"),
     "pickle": (pickled, "data is object"),
     "float": (lambda path: rewrite(path, data=ONES.astype(np.float32)), "data is float32"),
     "flat": (lambda path: rewrite(path, data=ONES.ravel()), r"data is uint8 \(24576,\)"),

@@ -280,8 +280,8 @@ def test_two_at_once_are_refused_and_left_overs_removed(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", program, str(tmp_path / "data")], cwd=os.getcwd())
     assert run.returncode == -9
     assert [p.name for p in tmp_path.iterdir()] == [".data.partial"]
-    (tmp_path / ".data.partial" / MODEL_FILE).write_bytes(b"of a killed one")
+    (tmp_path / ".data.partial" / "other").write_bytes(b"of a killed one")
     write(tmp_path / "data")
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
-    assert not (tmp_path / "data" / MODEL_FILE).exists()
+    assert not (tmp_path / "data" / "other").exists()
     verify(tmp_path / "data")
