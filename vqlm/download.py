@@ -171,8 +171,6 @@ def _append(url: str, partial: Path, have: int, wanted: int) -> None:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416:  # no such range: the file was another one
-            partial.unlink()
         raise
     with response:
         goes_on = response.status == 206 and re.match(
