@@ -12,6 +12,7 @@ from vqlm import ablate, checkpoint, presets, throughput
 from vqlm.ablate import Cell, cells, run_cell, summarise
 from vqlm.data import Corpus
 from vqlm.evaluate import evaluate
+from vqlm.prepared import open_corpus
 from vqlm.train import Trainer
 
 BASE = (tiny.MODEL, tiny.TRAIN)
@@ -26,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def corpus(data: Path) -> Corpus:
-    return ablate.load_corpus(data)
+    return open_corpus(data)
 
 
 def arguments(*words: str) -> argparse.Namespace:

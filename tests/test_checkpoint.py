@@ -39,7 +39,7 @@ def lm(seed: int = 0, **changes: Any) -> LM:
 
 
 def save(model: LM, run: Path, step: int = 1, keep: int = 2, **tensors: Tensor) -> Path:
-    return save_checkpoint(run, step, model, tensors, dict(INFO), keep)
+    return save_checkpoint(run, step, model, tensors, dict(INFO), keep=keep)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_the_run_folder_holds_the_newest_model(tmp_path: Path) -> None:
         save(lm(seed=step), tmp_path, step)
         assert_same(dict(load_model(tmp_path).state_dict()), dict(lm(seed=step).state_dict()))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoints", "config.json", "model.safetensors",
+        "checkpoints", "config.json", "data.json", "model.safetensors",
     ]  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_is_synced_before_it_gets_its_name(
         Path, "rename", lambda self, to: (order.append("rename"), rename(self, to))[1]
     )
     save(lm(), tmp_path)
-    assert order == ["sync"] * 5 + ["rename", "sync"]  # four files, their folder; the one above
+    assert order == ["sync"] * 6 + ["rename", "sync"]  # five files, their folder; the one above
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -222,9 +222,11 @@ def test_a_real_run_folder_has_what_its_docstring_says(tmp_path: Path) -> None:
     training = trainer(corpus(tmp_path / "texts"), tmp_path / "run", steps=3, save_every=1)
     training.fit()
     names = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*")}
-    files = ("config.json", "model.safetensors", "trainer.json", "trainer.safetensors")
+    model = ("config.json", "data.json", "model.safetensors")
+    files = (*model, "trainer.json", "trainer.safetensors")
     steps = [f"checkpoints/step-{step:08d}" for step in (2, 3)]
-    expected = {"config.json", "model.safetensors", "metrics.jsonl", "events", "checkpoints"}
+    expected = {*model, "metrics.jsonl", "events", "checkpoints", "best", "best/trainer.json"}
+    expected |= {f"best/{file}" for file in model}
     expected |= {*steps, *(f"{step}/{file}" for step in steps for file in files)}
     assert {name for name in names if not name.startswith("events/")} == expected
     wanted = training.bare_model.state_dict()

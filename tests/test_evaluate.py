@@ -132,13 +132,18 @@ def test_the_arithmetic_by_hand() -> None:
         torch.tensor([[2.0, 2.0, 0.0, 0.0]]), torch.zeros(1, 4, 1), torch.tensor([3.0]),
         torch.tensor([12.0]), torch.zeros(1, 0, 1),
     )  # fmt: skip
-    result = Evaluation(nats=8 * math.log(2) * 5, n_tokens=20, n_bytes=16, codebooks=(stats,))
+    result = Evaluation(
+        nats=8 * math.log(2) * 5, n_tokens=20, n_bytes=16, codebooks=(stats,), n_words=4
+    )
     assert result.bits_per_byte == pytest.approx(2.5)
     assert result.summary() == {
         "bits_per_byte": pytest.approx(2.5),
         "nats_per_token": pytest.approx(2 * math.log(2)),
+        "token_perplexity": pytest.approx(4),
+        "word_perplexity": pytest.approx(math.exp(nats / 4)),
         "n_tokens": 20,
         "n_bytes": 16,
+        "n_words": 4,
         "codes_in_use": [2.0],
         "dead_codes": [2],
         "quantization_error": [0.25],

@@ -24,7 +24,9 @@ ROWS = [
     {"__init__"},
     {"train", "bench"},
     {"presets"},
-    {"demo", "ablate"},
+    {"demo", "throughput"},
+    {"ablate"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

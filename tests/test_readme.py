@@ -46,17 +46,17 @@ def test_commands_are_understood(line: str) -> None:
     """As `main` reads them, up to the point where it would start to work."""
     words = shlex.split(line, comments=True)[1:]
     args, rest = cli._parser().parse_known_args(words)
-    assert rest == [] or (args.command == "train" and not any(w[0] == "-" for w in rest))
+    assert rest == [] or (hasattr(args, "what") and not any(w[0] == "-" for w in rest))
     if args.command != "train":
         return
     from vqlm import presets
-    from vqlm.config import LMConfig, TrainConfig
+    from vqlm.config import LMConfig, TrainConfig, override_all
 
     what = args.what + rest
     configs = [presets.get(word) for word in what if "=" not in word] or [presets.get("mini")]
     pairs = dict(word.split("=", 1) for word in what if "=" in word)
     assert len(configs) == 1
-    model, train = cli._override(pairs, *configs[0])
+    model, train = override_all(pairs, *configs[0])
     assert isinstance(model, LMConfig) and isinstance(train, TrainConfig)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from torch.testing import assert_close
 from vqlm import checkpoint
 from vqlm.config import TrainConfig
 from vqlm.data import Corpus, Lanes, load_corpus
+from vqlm.evaluate import Evaluation
+from vqlm.train import Trainer
 
 MIXERS: dict[str, dict[str, Any]] = {
     "vq": dict(mixers=("vq",)),
@@ -152,20 +155,79 @@ def test_only_matrices_decay(data: Corpus, tmp_path: Path) -> None:
     decayed, plain = run.optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
     names = {id(p): name for name, p in run.bare_model.named_parameters()}
+    assert not any(group["fixed_decay"] for group in run.optimizer.param_groups)
     inert = {names[id(p)].split(".")[-1] for p in plain["params"]}
     assert inert == {"gain", "bias", "position_scale"}
     assert {p.ndim for p in decayed["params"]} == {2}
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
-def test_the_rate_warms_up_and_comes_down_to_its_final_share() -> None:
-    config = TrainConfig(learning_rate=0.5, warmup_steps=4, final_rate=0.2)
-    assert [config.rate(step, 0.0) for step in range(5)] == [0.125, 0.25, 0.375, 0.5, 0.5]
-    shares = [0.0, 0.25, 0.5, 0.75, 1.0, 7.0]
-    cosine = [0.5 * (0.2 + 0.8 * (1 + math.cos(math.pi * min(s, 1))) / 2) for s in shares]
-    assert [config.rate(100, share) for share in shares] == pytest.approx(cosine)
-    assert config.rate(100, 0.5) == pytest.approx(0.3)
-    assert config.rate(100, 1.0) == pytest.approx(0.1)
+def rates(run: Trainer, n_step: int) -> list[float]:
+    found = []
+    for run.progress.step in range(n_step):
+        found.append(run.rate())
+    return found
+
+
+def cosine(share: float, final: float) -> float:
+    return final + (1 - final) * (1 + math.cos(math.pi * min(share, 1))) / 2
+
+
+def test_the_rate_warms_up_and_comes_down_to_its_final_share(data: Corpus, tmp_path: Path) -> None:
+    settings = dict(steps=10, learning_rate=0.5, warmup_steps=4, final_rate=0.2)
+    run = trainer(data, tmp_path / "run", extra_steps=3, **settings)
+    want = [0.5 * min(1, (i + 1) / 4) * cosine(i / 10, 0.2) for i in range(13)]
+    assert rates(run, 13) == pytest.approx(want)
+    assert run.share_done() == pytest.approx(12 / 13)
+
+
+def test_the_paper_counts_its_schedule_from_the_end_of_the_warm_up(
+    data: Corpus, tmp_path: Path
+) -> None:
+    settings = dict(steps=10, learning_rate=0.5, warmup_steps=4, warmup_apart=True)
+    run = trainer(data, tmp_path / "run", extra_steps=2, **settings)
+    want = [0.5 * min(1, i / 4) * cosine(max(0, i - 4) / 6, 0.1) for i in range(12)]
+    assert rates(run, 12) == pytest.approx(want)
+    assert rates(run, 12)[0] == 0
+
+
+def test_extra_steps_are_made(data: Corpus, tmp_path: Path) -> None:
+    run = trainer(data, tmp_path / "run", steps=3, extra_steps=2, schedule="linear")
+    told = after_step(run)
+    assert run.fit().step == 5
+    assert [s.rate for s in told[3:]] == pytest.approx([2e-4, 2e-4])
+
+
+@pytest.mark.parametrize("name", ["lion", "adafactor"])
+def test_other_optimizers_learn_and_resume(name: str, data: Corpus, tmp_path: Path) -> None:
+    settings = dict(optimizer=name, learning_rate=1e-3, fixed_decay=True, clip_norm=None)
+    whole = trainer(data, tmp_path / "whole", **settings)
+    wanted = fit(whole)
+    assert wanted[-1] < wanted[0]
+    first = trainer(data, tmp_path / "cut", **settings)
+    losses = fit(first, 3)
+    second = trainer(data, tmp_path / "cut", **settings)
+    second.resume()
+    assert losses + fit(second) == wanted
+    assert_same(everything(second), everything(whole))
+
+
+def test_steps_over_one_sequence_drop_the_same_layers(data: Corpus, tmp_path: Path) -> None:
+    run = trainer(data, tmp_path / "run", dict(dropout_layer=0.5), context_len=32, accumulate=2)
+    seeds = []
+    run.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seeds.extend(kwargs[k] for k in kwargs if k == "dropout_seed"),
+        with_kwargs=True,
+    )
+    fit(run)
+    assert seeds == [0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5]
+    endless = trainer(data, tmp_path / "endless", steps=1)
+    endless.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seeds.extend(kwargs[k] for k in kwargs if k == "dropout_seed"),
+        with_kwargs=True,
+    )
+    fit(endless)
+    assert seeds[-1] is None
 
 
 def test_the_clock_ends_a_training_before_its_steps_do(
@@ -177,8 +239,8 @@ def test_the_clock_ends_a_training_before_its_steps_do(
     told = after_step(run)
     progress = run.fit()
     assert (progress.step, progress.seconds) == (3, 30.0)
-    rates = [TrainConfig(warmup_steps=1).rate(9, share) for share in (0.0, 1 / 3, 2 / 3)]
-    assert [sums.rate for sums in told] == pytest.approx(rates)
+    want = [TRAIN.learning_rate * cosine(share, 0.1) for share in (0.0, 1 / 3, 2 / 3)]
+    assert [sums.rate for sums in told] == pytest.approx(want)
 
 
 def bits(data: Corpus, out: Path, model: dict[str, Any], **settings: Any) -> tuple[float, float]:
@@ -270,13 +332,13 @@ def test_metrics_have_the_documented_names(data: Corpus, tmp_path: Path) -> None
     looks = {"validation/bits_per_byte", "validation_codes_in_use/layer0"}
     looks |= {"validation_codes_in_use/layer1"}
     assert [(x["step"], set(x) - {"step", "seconds"}) for x in lines] == [
-        (2, training), (4, training), (4, looks), (5, training),
+        (2, training), (4, training), (4, looks), (5, training), (5, looks),
     ]  # fmt: skip
     events = EventAccumulator(str(tmp_path / "run/events")).Reload()
     assert set(events.Tags()["scalars"]) == training | looks
     assert [event.step for event in events.Scalars("train/bits_per_byte")] == [2, 4, 5]
     assert [x["train/learning_rate"] for x in lines if "train/learning_rate" in x] == [
-        pytest.approx(TRAIN.rate(i, i / 5)) for i in (1, 3, 4)
+        pytest.approx(TRAIN.learning_rate * cosine(i / 5, 0.1)) for i in (1, 3, 4)
     ]
 
 
@@ -296,3 +358,26 @@ def test_settings_survive_a_checkpoint(data: Corpus, tmp_path: Path) -> None:
     info = checkpoint.load_trainer(newest)[1]
     assert TrainConfig(**info["train"]) == dataclasses.replace(TRAIN, steps=1, **ALL_OF_IT)
     assert info["fingerprint"] == data.fingerprint
+
+
+def test_the_best_model_on_validation_is_kept(data: Corpus, tmp_path: Path) -> None:
+    run = trainer(data, tmp_path / "run", steps=6, eval_every=2)
+    looks = iter([3.0, 1.0, 2.0])
+    fake = functools.partial(Evaluation, n_tokens=1, n_bytes=1, codebooks=())
+    run.validate = lambda: fake(next(looks))  # type: ignore[method-assign]
+    weights = []
+    after_step(run, 4, lambda: weights.append(copy.deepcopy(run.bare_model.state_dict())))
+    run.fit()
+    assert run.newest_look is not None and run.newest_look[0] == 6
+    assert (run.progress.best_nats, run.newest_look[1].nats) == (1.0, 2.0)
+    best = checkpoint.load_model(tmp_path / "run/best").state_dict()
+    assert all(torch.equal(best[name], x) for name, x in weights[0].items())
+    assert checkpoint.load_facts(tmp_path / "run/best")["step"] == 4
+
+
+def test_the_best_is_remembered_by_a_resumed_run(data: Corpus, tmp_path: Path) -> None:
+    first = trainer(data, tmp_path / "run", steps=6, eval_every=2)
+    fit(first, 3)
+    second = trainer(data, tmp_path / "run", steps=6, eval_every=2)
+    second.resume()
+    assert second.progress.best_nats == first.progress.best_nats is not None

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 
 from vqlm import bench, checkpoint, presets, throughput
-from vqlm.config import LMConfig, TrainConfig, override, require_known
-from vqlm.data import Corpus, load_corpus
+from vqlm.config import LMConfig, TrainConfig, override, override_all
+from vqlm.data import Corpus
 from vqlm.evaluate import evaluate
+from vqlm.prepared import open_corpus
 
 VARIED = {"codes": "n_code", "cache": "cache"}
 """The setting of ``LMConfig`` that each study of trained models varies."""
@@ -357,19 +358,16 @@ def _run_cells(
     for name, option in ((field, "--values"), ("seed", "--seeds")):
         if name in pairs:
             raise ValueError(f"{name} is what the cells differ in; give it with {option}")
-    model, train = presets.get(preset)
-    fields = {name: type(c) for c in (model, train) for name in dataclasses.asdict(c)}
-    for name in pairs:
-        require_known("setting", name, fields)
-    model = override(model, {k: v for k, v in pairs.items() if fields[k] is LMConfig})
-    train = override(train, {k: v for k, v in pairs.items() if fields[k] is TrainConfig})
+    model, train = override_all(pairs, *presets.get(preset))
     values = [v.strip() for v in (args.values or VALUES[args.study]).split(",") if v.strip()]
-    todo = cells(args.study, values, args.seeds, (model, train))
     context = args.context
     if context is None and "softmax" in model.mixers:
         context = train.context_len
     source = str(Path(args.data).expanduser().absolute()) if args.data else None
-    corpus = load_corpus(source)
+    corpus = open_corpus(source)
+    if "vocab_size" not in pairs:
+        model = dataclasses.replace(model, vocab_size=corpus.vocabulary.size)
+    todo = cells(args.study, values, args.seeds, (model, train))
     results: list[tuple[Cell, dict[str, Any]]] = []
     for number, cell in enumerate(todo, start=1):
         print(f"[{number}/{len(todo)}] {cell.name}", file=sys.stderr, flush=True)

@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -340,16 +338,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=Path, nargs="+", default=[], metavar="PATH", help="draw to .svg or .png"
     )
-    parser.add_argument("--json", action="store_true", help="print the JSON object alone")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Times, draws, prints a table and last one line of JSON, and returns what that line holds."""
+    """Times, draws, prints a table and returns all of it."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
 
     def report(row: Row) -> None:
-        print(_line(row), file=sys.stderr if args.json else sys.stdout, flush=True)
+        print(_line(row), flush=True)
 
     rows = attention_rows(
         lengths=sorted(args.lengths), max_quadratic=args.max_quadratic, repeats=args.repeats,
@@ -368,7 +365,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     for path in args.plot:
         plot(rows, path, _note(result))
-    print(json.dumps(result), flush=True)
     return result
 
 

@@ -1,7 +1,9 @@
 """Run folders: what is in them, how they are written so that an old checkpoint outlives a failure.
 
     RUN/config.json, model.safetensors     the newest model: what ``load_model`` and others read
-    RUN/checkpoints/step-00000500/         the same two, and trainer.json, trainer.safetensors
+    RUN/data.json, vocabulary.model        what its tokens stand for; no such model for bytes
+    RUN/checkpoints/step-00000500/         all of these, and trainer.json, trainer.safetensors
+    RUN/best/                              the model that did best on validation, trainer.json
 
 A checkpoint is written to a folder of another name, synced, and renamed when it is complete.
 Only JSON and safetensors are ever read; neither can run code.
@@ -14,22 +16,80 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from vqlm.config import LMConfig, from_dict
+from vqlm.data import Corpus
 from vqlm.model import LM
+from vqlm.vocabulary import BYTES, MODEL_FILE, Vocabulary, load_vocabulary
 
 MODEL_TYPE = "vqlm"
+
+MODEL_FILES = ("config.json", "model.safetensors", "data.json", MODEL_FILE)
 
 _TRAINER_KEYS = ("step", "train", "data", "fingerprint", "lanes", "progress")
 
 
-def save_model(model: LM, folder: Path) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` into ``folder``, which must exist."""
+class Medium(NamedTuple):
+    """What a model's tokens stand for."""
+
+    kind: str = "text"
+    """"text" or "image"."""
+    picture_shape: tuple[int, int, int] | None = None
+    """(height, width, 3) of every picture, in raster order; None for text."""
+    vocabulary: Vocabulary = BYTES
+    """Its byte pieces."""
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> Medium:
+        """That of a corpus."""
+        return cls(corpus.kind, corpus.picture_shape, corpus.vocabulary)
+
+
+def load_medium(folder: str | Path) -> Medium:
+    """What the tokens of a run folder's model stand for; bytes of text where nothing is said.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    path = Path(folder) / "data.json"
+    if not path.is_file():
+        return Medium()
+    facts = _read_json(path)
+    try:
+        shape = facts["picture_shape"]
+        kind, vocabulary = str(facts["kind"]), str(facts["vocabulary"])
+        height, width, channels = shape if shape is not None else (0, 0, 0)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    loaded = load_vocabulary(Path(folder))
+    if loaded.kind != vocabulary:
+        raise ValueError(
+            f"{path} speaks of a {vocabulary} vocabulary, but {folder} has a {loaded.kind} one; "
+            f"{MODEL_FILE} belongs beside it"
+        )
+    return Medium(kind, None if shape is None else (height, width, channels), loaded)
+
+
+def _save_medium(medium: Medium, folder: Path) -> None:
+    facts = {
+        "kind": medium.kind,
+        "picture_shape": medium.picture_shape,
+        "vocabulary": medium.vocabulary.kind,
+    }
+    _write(folder / "data.json", json.dumps(facts, indent=2).encode() + b"\n")
+    medium.vocabulary.save(folder)
+
+
+def save_model(model: LM, folder: Path, medium: Medium | None = None) -> None:
+    """Writes ``config.json``, ``model.safetensors`` and what is in ``medium`` into ``folder``,
+    which must exist."""
+    if medium is not None:
+        _save_medium(medium, folder)
     fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(model.config)}
     _write(folder / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
     _write(folder / "model.safetensors", safetensors.torch.save(_on_cpu(model.state_dict())))
@@ -91,8 +151,39 @@ def load_weights(model: LM, path: Path) -> None:
     model.load_state_dict(tensors)
 
 
+def save_best(run: Path, model: LM, info: dict[str, Any], medium: Medium) -> None:
+    """Writes ``RUN/best``: a model and facts about it, without what resuming needs.
+
+    Raises:
+        OSError: nothing could be written; the one before is untouched.
+    """
+    final, partial = run / "best", run / ".best.partial"
+    replaced = run / ".best.replaced"
+    for left_over in (partial, replaced):
+        shutil.rmtree(left_over, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_model(model, partial, medium)
+        _write(partial / "trainer.json", json.dumps(info, indent=2).encode())
+        _sync_folder(partial)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(error.errno, f"cannot save {final} ({error.strerror})") from error
+
+
 def save_checkpoint(
-    run: Path, step: int, model: LM, tensors: dict[str, Tensor], info: dict[str, Any], keep: int
+    run: Path,
+    step: int,
+    model: LM,
+    tensors: dict[str, Tensor],
+    info: dict[str, Any],
+    *,
+    keep: int,
+    medium: Medium = Medium(),  # noqa: B008  (immutable)
 ) -> Path:
     """Writes ``RUN/checkpoints/step-N`` and then points ``RUN`` at it; keeps the newest ``keep``.
 
@@ -106,7 +197,7 @@ def save_checkpoint(
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        save_model(model, partial)
+        save_model(model, partial, medium)
         _write(partial / "trainer.safetensors", safetensors.torch.save(_on_cpu(tensors)))
         _write(partial / "trainer.json", json.dumps({"step": step, **info}, indent=2).encode())
         _sync_folder(partial)
@@ -143,16 +234,28 @@ def load_trainer(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: a damaged file.
     """
-    path = checkpoint / "trainer.json"
+    info = load_facts(checkpoint)
+    return _read_tensors(checkpoint / "trainer.safetensors"), info
+
+
+def load_facts(folder: Path) -> dict[str, Any]:
+    """What ``trainer.json`` of a checkpoint, or of ``RUN/best``, says.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    path = folder / "trainer.json"
     info = _read_json(path)
     if lacking := [key for key in _TRAINER_KEYS if key not in info]:
         raise ValueError(f"{path} is damaged: it has no {' and no '.join(lacking)}")
-    return _read_tensors(checkpoint / "trainer.safetensors"), info
+    return info
 
 
 def _publish(checkpoint: Path, run: Path) -> None:
     """Makes the run folder's own files those of ``checkpoint``, each in one step."""
-    for name in ("config.json", "model.safetensors"):
+    for name in MODEL_FILES:
+        if not (checkpoint / name).exists():
+            continue
         partial = run / f".{name}.partial"
         partial.unlink(missing_ok=True)
         try:

@@ -1,4 +1,4 @@
-"""The command line: ``vqlm train | eval | sample | bench | demo``."""
+"""The command line: what can be asked for; commands.py does it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vqlm import commands as do
+
 EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
 
 
@@ -18,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     # argparse takes words only before or only after the options, a user puts them anywhere.
     args, words = parser.parse_known_args(arguments)
-    if words and (args.command != "train" or any(word.startswith("-") for word in words)):
+    takes_words = hasattr(args, "what") and isinstance(args.what, list)
+    if words and (not takes_words or any(word.startswith("-") for word in words)):
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     if words:
         args.what += words
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"vqlm {args.command}: error: {error}", file=sys.stderr)
         return EXIT_DIVERGED
-    if args.json and args.command != "bench":  # which prints its line of JSON itself
+    if args.json:
         print(json.dumps(result))
     return EXIT_INTERRUPTED if result.get("interrupted") else 0
 
@@ -57,13 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_sample(commands)
+    _add_data(commands)
+    _add_import(commands)
     _add_bench(commands)
+    _add_ablate(commands)
     demo = commands.add_parser("demo", help="train, evaluate, sample and compare in some minutes")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder, made anew")
-    demo.set_defaults(run=_demo)
-    for name, command in commands.choices.items():
-        if name != "bench":  # it has its own
-            command.add_argument("--json", action="store_true", help="last line: one JSON object")
+    demo.set_defaults(run=do.demo)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="last line: one JSON object")
     return parser
 
 
@@ -86,7 +91,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--data", help="file or folder; default: Python's own standard library")
     train.add_argument("--out", type=Path, help="new run folder; default: runs/latest")
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=do.train)
 
 
 def _add_eval(commands: Any) -> None:
@@ -101,18 +106,67 @@ def _add_eval(commands: Any) -> None:
         "--context", type=int, help="forget everything after so many tokens; default: carry on"
     )
     evaluation.add_argument("--batch-size", type=int, default=16, help="documents side by side")
-    evaluation.set_defaults(run=_eval)
+    evaluation.set_defaults(run=do.evaluate)
 
 
 def _add_sample(commands: Any) -> None:
-    sample = commands.add_parser("sample", help="let a model write")
+    sample = commands.add_parser("sample", help="let a model write, or paint")
     sample.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
     sample.add_argument("--prompt", default="", help="text to continue")
-    sample.add_argument("--tokens", type=int, default=500, help="most bytes to write")
-    sample.add_argument("--temperature", type=float, default=0.8, help="0: the most probable")
-    sample.add_argument("--top-p", type=float, default=0.95, help="nucleus; 1 keeps everything")
-    sample.add_argument("--seed", type=int, help="for the same text again")
-    sample.set_defaults(run=_sample)
+    sample.add_argument("--tokens", type=int, default=500, help="most tokens to write")
+    sample.add_argument("--count", type=int, metavar="N", help="samples side by side; default: 1")
+    sample.add_argument(
+        "--temperature", type=float, help="0: the most probable; default: 0.8, for pictures 1"
+    )
+    sample.add_argument(
+        "--top-p", type=float, help="nucleus, 1 keeps all; default: 0.95, for pictures 0.999"
+    )
+    sample.add_argument("--seed", type=int, help="for the same samples again")
+    sample.add_argument(
+        "--png", type=Path, metavar="FILE", help="pictures go there; default: RUN/samples.png"
+    )
+    sample.add_argument(
+        "--complete", action="store_true",
+        help="pictures: give the upper halves of test pictures, and have the lower ones made",
+    )  # fmt: skip
+    sample.add_argument("--data", help="where test pictures are; default: what was trained on")
+    sample.set_defaults(run=do.sample)
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser(
+        "data",
+        help="prepare data sets as token files, and check them",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="  vqlm data prepare enwik8 --download --source downloads --out data/enwik8\n"
+        "  vqlm data prepare pg19 --source DEEPMIND_FOLDER --out data/pg19 vocab_size=32000\n"
+        "  vqlm data prepare imagenet64 --source FOLDER_OF_NPZ --out data/imagenet64\n"
+        "  vqlm data prepare pictures --source FOLDER --out data/mine size=64 skip_bad=true\n"
+        "  vqlm data verify data/enwik8\n\n"
+        "A prepared folder is then what --data of the other commands takes.",
+    )
+    data.add_argument("action", choices=("prepare", "verify"))
+    data.add_argument("name", metavar="NAME | FOLDER", help="data set; or what to verify")
+    data.add_argument("what", nargs="*", metavar="key=value", help="options of the data set")
+    data.add_argument("--source", type=Path, help="file or folder to read")
+    data.add_argument("--out", type=Path, help="folder to make")
+    data.add_argument(
+        "--download", action="store_true", help="fetch the official files into --source first"
+    )
+    data.set_defaults(run=do.data)
+
+
+def _add_import(commands: Any) -> None:
+    official = commands.add_parser(
+        "import-official", help="take over a checkpoint of the official JAX implementation"
+    )
+    official.add_argument("path", type=Path, help="npz of flat names, flax msgpack, orbax folder")
+    official.add_argument("out", type=Path, help="run folder to make")
+    official.add_argument(
+        "what", nargs="*", metavar="key=value", help="official settings that shapes don't tell"
+    )
+    official.add_argument("--config", type=Path, help="JSON file of the official settings")
+    official.set_defaults(run=do.import_official)
 
 
 def _add_bench(commands: Any) -> None:
@@ -123,122 +177,9 @@ def _add_bench(commands: Any) -> None:
     parser.set_defaults(run=bench.run)
 
 
-def _train(args: argparse.Namespace) -> dict[str, Any]:
-    from vqlm import checkpoint, presets
-    from vqlm.config import LMConfig, TrainConfig, from_dict
-    from vqlm.data import load_corpus
-    from vqlm.train import Trainer
+def _add_ablate(commands: Any) -> None:
+    from vqlm import ablate
 
-    names = [word for word in args.what if "=" not in word]
-    pairs = dict(word.split("=", 1) for word in args.what if "=" in word)
-    if len(names) > 1:
-        raise ValueError(f"one preset at most, got {' and '.join(names)}")
-    # Absolute, so that eval and resume find it from any folder.
-    source = str(Path(args.data).expanduser().absolute()) if args.data else None
-    out = args.out or Path("runs/latest")
-    if args.resume is None:
-        model_config, config = presets.get(names[0] if names else "mini")
-        if checkpoint.newest_checkpoint(out) is not None:
-            raise ValueError(f"{out} already holds a run; use --resume {out}, or another --out")
-    else:
-        if names or args.out:
-            extra = f"preset {names[0]!r}" if names else f"--out {args.out}"
-            raise ValueError(f"--resume goes on with the run as it is; leave out {extra}")
-        out = args.resume
-        newest = checkpoint.newest_checkpoint(out)
-        if newest is None:
-            raise FileNotFoundError(f"{out} has no checkpoint to resume from")
-        info = checkpoint.load_trainer(newest)[1]
-        model_config = checkpoint.read_config(newest / "config.json")
-        config = from_dict(TrainConfig, info["train"])
-        source = source or info["data"]
-    model_config, config = _override(pairs, model_config, config)
-    assert isinstance(model_config, LMConfig) and isinstance(config, TrainConfig)
-    trainer = Trainer(model_config, config, load_corpus(source), source, out)
-    if args.resume is not None:
-        trainer.resume()
-    progress = trainer.fit()
-    result: dict[str, Any] = {"run": str(out), "steps": progress.step, "tokens": progress.tokens}
-    result["minutes"] = progress.seconds / 60
-    if trainer.stop_requested:
-        print(f"\nSaved step {progress.step}. To go on: vqlm train --resume {out}")
-        return {**result, "interrupted": True}
-    result["validation"] = trainer.validate().summary()
-    bits = result["validation"]["bits_per_byte"]
-    print(f"{out}: step {progress.step}, first of the validation split {bits:.4f} bits per byte")
-    return result
-
-
-def _override(pairs: dict[str, str], *configs: Any) -> list[Any]:
-    """Each setting goes to the config that has it; a name that none has gets a hint."""
-    import dataclasses
-
-    from vqlm.config import override, require_known
-
-    fields = [{field.name for field in dataclasses.fields(config)} for config in configs]
-    for name in pairs:
-        require_known("setting", name, sorted(set.union(*fields)))
-    return [
-        override(config, {name: text for name, text in pairs.items() if name in names})
-        for config, names in zip(configs, fields, strict=True)
-    ]
-
-
-def _eval(args: argparse.Namespace) -> dict[str, Any]:
-    from vqlm import checkpoint
-    from vqlm.data import load_corpus
-    from vqlm.evaluate import evaluate
-
-    model = checkpoint.load_model(args.run_folder)
-    newest = checkpoint.newest_checkpoint(args.run_folder)
-    if newest is None and (args.run_folder / "trainer.json").is_file():
-        newest = args.run_folder  # one checkpoint of a run
-    info = checkpoint.load_trainer(newest)[1] if newest else {}
-    corpus = load_corpus(args.data or info.get("data"))
-    if not args.data and info and info["fingerprint"] != corpus.fingerprint:
-        print(
-            "warning: the text has changed since training, and so have its splits: what is "
-            "measured may have been trained on",
-            file=sys.stderr,
-        )
-    context = args.context
-    if context is None and "softmax" in model.config.mixers:
-        context = info.get("train", {}).get("context_len")
-    split = getattr(corpus, args.split)
-    result = evaluate(
-        model, split, seq_len=args.seq_len, batch_size=args.batch_size, context_len=context
-    )
-    print(
-        f"{args.split} split of {corpus.name}: {result.bits_per_byte:.4f} bits per byte "
-        f"over {result.n_bytes:,} bytes"
-    )
-    if result.codes_in_use():
-        used = ", ".join(f"{perplexity:.1f}" for perplexity in result.codes_in_use())
-        print(f"codes in use (perplexity, by layer, of {model.config.n_code}): {used}")
-    facts: dict[str, Any] = {"run": str(args.run_folder), "split": args.split}
-    facts |= {"data": corpus.name, "context": context}
-    return {**facts, **result.summary()}
-
-
-def _sample(args: argparse.Namespace) -> dict[str, Any]:
-    from vqlm.checkpoint import load_model
-    from vqlm.sample import stream_text
-
-    pieces = stream_text(
-        load_model(args.run_folder), args.prompt.encode(), args.tokens,
-        temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-    )  # fmt: skip
-    text = next(pieces, "")  # settings are looked at before anything is printed
-    sys.stdout.write(args.prompt + text)
-    for piece in pieces:
-        text += piece
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    print()
-    return {"prompt": args.prompt, "text": text}
-
-
-def _demo(args: argparse.Namespace) -> dict[str, Any]:
-    from vqlm import demo
-
-    return demo.run(args.out)
+    parser = commands.add_parser("ablate", help="the paper's ablations: tables and plots")
+    ablate.add_arguments(parser)
+    parser.set_defaults(run=ablate.run)

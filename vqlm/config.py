@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Iterable
@@ -16,6 +15,8 @@ MIXERS = ("vq", "softmax", "window")
 LAYERS = ("swiglu", "gau")
 PRECISIONS = ("float32", "bfloat16")
 CODEBOOK_STARTS = ("random", "kmeans")
+OPTIMIZERS = ("adamw", "lion", "adafactor")
+SCHEDULES = ("cosine", "inverse_sqrt", "linear", "constant")
 
 T = TypeVar("T")
 
@@ -129,6 +130,8 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimizer steps."""
+    extra_steps: int = 0
+    """Steps after those, at the rate that the schedule ended at."""
     minutes: float | None = None
     """Minutes of training after which to stop even if steps remain; the learning rate follows
     whichever is further along, so that it has come down by then."""
@@ -141,20 +144,30 @@ class TrainConfig:
     where documents begin, which needs mixers whose state has constant size."""
     accumulate: int = 1
     """Parts that the rows of a batch are cut in, one after another, to save memory."""
+    optimizer: str = "adamw"
+    """"adamw", "lion", or "adafactor" (the paper's variant)."""
     learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """How the rate falls: "cosine", "linear", "inverse_sqrt" (of the steps), "constant"."""
     warmup_steps: int = 50
     """Steps of linear warm-up."""
+    warmup_apart: bool = False
+    """As in the paper: the first step has rate 0, and the fall begins after the warm-up."""
     final_rate: float = 0.1
-    """Share of the peak that the cosine ends at."""
+    """Share of the peak that "cosine" and "linear" end at."""
     beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
+    """Decay of the mean gradient (AdamW, Lion)."""
     beta2: float = 0.98
-    """AdamW's decay of the mean squared gradient."""
+    """Decay of the mean squared gradient (AdamW), of the momentum (Lion)."""
+    adam_epsilon: float = 1e-8
+    """AdamW's, beside the root of the mean squared gradient."""
     weight_decay: float = 0.01
     """Decoupled decay of matrices, multiplied by the learning rate; gains and biases have none."""
-    clip_norm: float = 1.0
-    """Largest global norm of a gradient."""
+    fixed_decay: bool = False
+    """As in the paper: weight_decay is not multiplied by the rate (see ``make_optimizer``)."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of a gradient; None: any."""
     commitment: float = 1e-4
     """Weight of the commitment loss, sum over layers of the mean over tokens of |k - k_hat|^2."""
     codebook_decay: float = 0.99
@@ -184,13 +197,17 @@ class TrainConfig:
         positive = (
             "steps batch_size seq_len accumulate warmup_steps log_every eval_every eval_bytes"
         )
-        for name in (*positive.split(), "save_every", "keep", "learning_rate", "clip_norm"):
+        for name in (*positive.split(), "save_every", "keep", "learning_rate", "adam_epsilon"):
             _require(self, name, getattr(self, name) > 0, "positive")
+        for name in ("minutes", "clip_norm"):
+            value = getattr(self, name)
+            _require(self, name, value is None or value > 0, "positive, or None")
         for name in ("beta1", "beta2", "codebook_decay", "revive_below"):
             _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in ("weight_decay", "commitment", "final_rate"):
+        for name in ("weight_decay", "commitment", "final_rate", "extra_steps"):
             _require(self, name, getattr(self, name) >= 0, "0 or positive")
-        _require(self, "minutes", self.minutes is None or self.minutes > 0, "positive, or None")
+        starts_late = self.warmup_apart and self.warmup_steps >= self.steps
+        _require(self, "warmup_steps", not starts_late, f"below steps={self.steps}")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"TrainConfig: accumulate={self.accumulate} does not divide "
@@ -205,12 +222,8 @@ class TrainConfig:
             )
         require_known("precision", self.precision, PRECISIONS)
         require_known("codebook_start", self.codebook_start, CODEBOOK_STARTS)
-
-    def rate(self, step: int, share: float) -> float:
-        """Learning rate of step ``step`` (from 0) when ``share`` of the training is done."""
-        warm = min(1.0, (step + 1) / self.warmup_steps)
-        cosine = (1 + math.cos(math.pi * min(1.0, share))) / 2
-        return self.learning_rate * warm * (self.final_rate + (1 - self.final_rate) * cosine)
+        require_known("optimizer", self.optimizer, OPTIMIZERS)
+        require_known("schedule", self.schedule, SCHEDULES)
 
 
 def _require(config: object, name: str, ok: bool, wanted: str) -> None:
@@ -243,6 +256,21 @@ def override(config: T, pairs: dict[str, str]) -> T:
         require_known("setting", name, hints)
         changes[name] = _parse(name, text, hints[name])
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def override_all(pairs: dict[str, str], *configs: Any) -> list[Any]:
+    """``override`` for several configs: each setting goes to the one that has it.
+
+    Raises:
+        ValueError: a name that none has, with the nearest valid one; a text of another type.
+    """
+    fields = [{field.name for field in dataclasses.fields(config)} for config in configs]
+    for name in pairs:
+        require_known("setting", name, sorted(set().union(*fields)))
+    return [
+        override(config, {name: text for name, text in pairs.items() if name in names})
+        for config, names in zip(configs, fields, strict=True)
+    ]
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:

@@ -1,4 +1,4 @@
-"""Bits per byte of a whole split: the state is carried, sums are divided once at the end."""
+"""Bits per byte and perplexities of a split: state is carried, sums are divided once at the end."""
 
 from __future__ import annotations
 
@@ -25,11 +25,25 @@ class Evaluation:
     """Bytes of text."""
     codebooks: tuple[CodeStats | None, ...]
     """One a layer, without samples; None where the mixer has no codebook."""
+    n_words: int | None = None
+    """Words by the corpus's official count; None: not known, or only a part was read."""
 
     @property
     def bits_per_byte(self) -> float:
         """Bits spent for each byte of text; what ends of documents cost is charged to the text."""
         return self.nats / (math.log(2) * self.n_bytes)
+
+    @property
+    def token_perplexity(self) -> float:
+        """exp(nats per token)."""
+        return math.exp(min(self.nats / self.n_tokens, 700.0))
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """exp(nats per word): comparable across vocabularies, as PG-19's papers report it."""
+        if self.n_words is None:
+            return None
+        return math.exp(min(self.nats / self.n_words, 700.0))
 
     def codes_in_use(self) -> list[float]:
         """Perplexity of code use of each VQ layer, the mean over its heads."""
@@ -41,8 +55,11 @@ class Evaluation:
         return {
             "bits_per_byte": self.bits_per_byte,
             "nats_per_token": self.nats / self.n_tokens,
+            "token_perplexity": self.token_perplexity,
+            "word_perplexity": self.word_perplexity,
             "n_tokens": self.n_tokens,
             "n_bytes": self.n_bytes,
+            "n_words": self.n_words,
             "codes_in_use": [round(x, 1) for x in self.codes_in_use()],
             "dead_codes": [int(stats.dead().sum()) for stats in books],
             "quantization_error": [round(s.relative_error().mean().item(), 4) for s in books],
@@ -75,19 +92,21 @@ def evaluate(
     batches = evaluation_batches(split, batch_size, seq_len, max_bytes, context_len)
     was_training = model.training
     model.eval()
-    for batch in batches:
-        batch = batch.to(device)
-        # A single document has no padding, and then there is nothing to pack.
-        mask = None if batch.mask.all() else batch.mask
-        out = model(batch.inputs, state, mask=mask, starts=batch.starts, with_stats=True)
-        state = out.state
-        logits, targets = out.logits[batch.mask], batch.targets[batch.mask]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # Summed up in Python's float64, which not every device has.
-        nats += F.cross_entropy(logits, targets, reduction="sum").item()
-        n_tokens += len(targets)
-        n_bytes += batch.n_bytes
-        seen = tuple(s._replace(sample=s.sample[:, :0]) if s else None for s in out.stats())
-        books = merge_layers(books, seen) if books else seen
-    model.train(was_training)
-    return Evaluation(nats, n_tokens, n_bytes, books)
+    try:
+        for batch in batches:
+            batch = batch.to(device)
+            # A single document has no padding, and then there is nothing to pack.
+            mask = None if batch.mask.all() else batch.mask
+            out = model(batch.inputs, state, mask=mask, starts=batch.starts, with_stats=True)
+            state = out.state
+            logits, targets = out.logits[batch.mask], batch.targets[batch.mask]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            # Summed up in Python's float64, which not every device has.
+            nats += F.cross_entropy(logits, targets, reduction="sum").item()
+            n_tokens += len(targets)
+            n_bytes += batch.n_bytes
+            seen = tuple(s._replace(sample=s.sample[:, :0]) if s else None for s in out.stats())
+            books = merge_layers(books, seen) if books else seen
+    finally:
+        model.train(was_training)
+    return Evaluation(nats, n_tokens, n_bytes, books, split.n_words if max_bytes is None else None)

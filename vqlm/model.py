@@ -331,11 +331,13 @@ class LM(nn.Module):
         generator: torch.Generator | None = None,
         state: LMState | None = None,
         mask: Bool[Tensor, "B T"] | None = None,
+        forbidden: Bool[Tensor, " N"] | None = None,
     ) -> Iterator[tuple[Int[Tensor, " B"], LMState]]:
         """Yields ``n_token`` times the next token of each row, with the state before it.
 
         The prompt is read in one call, after ``state``; every further token costs the same.
         ``mask`` marks the real tokens of prompts of unequal length, in any pattern.
+        ``forbidden`` marks tokens that are never drawn.
 
         Raises:
             ValueError: an empty prompt, or settings that ``sampling.pick`` refuses.
@@ -350,6 +352,8 @@ class LM(nn.Module):
                 if index > 0:
                     out = self(token[:, None], out.state)
                     logits = out.logits[:, -1]
+                if forbidden is not None:
+                    logits = logits.masked_fill(forbidden, -torch.inf)
                 token = pick(logits, temperature, top_p, generator)
                 yield token, out.state
         finally:

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqlm.config import require_known
-
-OPTIMIZERS = ("adamw", "lion", "adafactor")
-SCHEDULES = ("cosine", "inverse_sqrt", "linear", "constant")
+from vqlm.config import OPTIMIZERS, SCHEDULES, require_known
 
 FACTOR_FROM = 128
 """Adafactor factors a second moment only if its two largest dimensions are both at least this."""
@@ -146,11 +143,12 @@ def make_optimizer(
         ValueError: an unknown name, a number out of range, no parameters, or Lion not installed.
     """
     require_known("optimizer", name, OPTIMIZERS)
+    most = 1 if official_decay else math.inf
     for what, ok, wanted in [
         (f"learning_rate={learning_rate}", 0 < learning_rate < math.inf, "positive"),
         (f"betas={betas}", all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
         (f"eps={eps}", 0 <= eps < math.inf, "0 or positive"),
-        (f"weight_decay={weight_decay}", 0 <= weight_decay < 1, "in [0, 1)"),
+        (f"weight_decay={weight_decay}", 0 <= weight_decay < most, f"0 or positive, below {most}"),
     ]:
         if not ok:
             raise ValueError(f"make_optimizer: {what}, but it must be {wanted}")

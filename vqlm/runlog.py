@@ -28,6 +28,8 @@ class Progress:
     """Tokens trained on."""
     seconds: float = 0.0
     """Time spent in ``fit``, over all its runs."""
+    best_nats: float | None = None
+    """Least nats per token of a look at the validation split so far."""
 
 
 class StepSums(NamedTuple):

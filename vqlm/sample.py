@@ -1,14 +1,17 @@
-"""Text out of a byte-level model, as it is made."""
+"""Text and pictures out of a model, as they are made."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
-from vqlm.data import END, N_SPECIAL, encode
 from vqlm.model import LM
+from vqlm.vocabulary import BYTES, END, N_SPECIAL, Vocabulary
 
 
 def stream_text(
@@ -19,8 +22,9 @@ def stream_text(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    vocabulary: Vocabulary = BYTES,
 ) -> Iterator[str]:
-    """Continues ``prompt`` (which may be empty) by up to ``n_token`` bytes, piece by piece.
+    """Continues ``prompt`` (which may be empty) by up to ``n_token`` tokens, piece by piece.
 
     Ends early where the model ends the document.  Bytes that are no UTF-8 become U+FFFD.
 
@@ -29,23 +33,103 @@ def stream_text(
     """
     if n_token < 0:
         raise ValueError(f"n_token={n_token}, but it must be 0 or more")
-    device = next(model.parameters()).device
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    ids = [END, *encode(prompt).tolist()]
     tokens = model.stream(
-        torch.tensor([ids], device=device), n_token,
-        temperature=temperature, top_p=top_p, generator=generator,
+        _prompt(model, [prompt], vocabulary), n_token,
+        temperature=temperature, top_p=top_p, generator=_generator(model, seed),
     )  # fmt: skip
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token, _ in tokens:
         value = int(token)
         if value == END:
             break
-        if value >= N_SPECIAL and (piece := decoder.decode(bytes([value - N_SPECIAL]))):
+        if piece := decoder.decode(vocabulary.decode([value])):
             yield piece
     if rest := decoder.decode(b"", final=True):
         yield rest
+
+
+def sample_texts(
+    model: LM,
+    prompt: bytes,
+    n_token: int,
+    count: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    vocabulary: Vocabulary = BYTES,
+) -> list[str]:
+    """``count`` continuations of one prompt, made side by side, without the prompt; as
+    ``stream_text`` otherwise.
+
+    Raises:
+        ValueError: a number that is too small, or settings that ``sampling.pick`` refuses.
+    """
+    if n_token < 1 or count < 1:
+        raise ValueError(f"n_token={n_token} and count={count}, but both must be at least 1")
+    rows = _prompt(model, [prompt] * count, vocabulary)
+    tokens = model.stream(
+        rows, n_token, temperature=temperature, top_p=top_p, generator=_generator(model, seed)
+    )
+    drawn = torch.stack([token for token, _ in tokens], 1).tolist()
+    cut = [row[: row.index(END)] if END in row else row for row in drawn]
+    return [vocabulary.decode(row).decode("utf-8", "replace") for row in cut]
+
+
+def sample_pictures(
+    model: LM,
+    shape: tuple[int, int, int],
+    count: int,
+    known: UInt8[np.ndarray, "count n"] | None = None,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> UInt8[np.ndarray, "count h w 3"]:
+    """``count`` pictures, made side by side, byte by byte in raster order.
+
+    Args:
+        shape: (height, width, 3).
+        known: the first n bytes of each picture, to be completed; None: from nothing.
+        progress: called with the bytes made of each picture, and how many there will be.
+
+    Raises:
+        ValueError: more known bytes than a picture has, or settings that are out of range.
+    """
+    size = int(np.prod(shape))
+    if known is None:
+        known = np.zeros((count, 0), np.uint8)
+    if count < 1 or known.shape[1] >= size:
+        raise ValueError(
+            f"sample_pictures: got count={count} and {known.shape[1]} known bytes, wanted at least "
+            f"1 and fewer than the {size} bytes of a picture"
+        )
+    rows = _prompt(model, [row.tobytes() for row in known], BYTES)
+    special = torch.arange(model.config.vocab_size, device=rows.device) < N_SPECIAL
+    tokens = model.stream(
+        rows, size - known.shape[1], temperature=temperature, top_p=top_p,
+        generator=_generator(model, seed), forbidden=special,
+    )  # fmt: skip
+    made = []
+    for token, _ in tokens:
+        made.append(token)
+        progress(len(made), size - known.shape[1])
+    drawn = (torch.stack(made, 1).cpu().numpy() - N_SPECIAL).astype(np.uint8)
+    return np.concatenate([known, drawn], 1).reshape(count, *shape)
+
+
+def _prompt(model: LM, prompts: list[bytes], vocabulary: Vocabulary) -> Tensor:
+    """Prompts of one length as ids, after the start symbol."""
+    device = next(model.parameters()).device
+    ids = [[END, *vocabulary.encode(prompt).tolist()] for prompt in prompts]
+    return torch.tensor(ids, device=device)
+
+
+def _generator(model: LM, seed: int | None) -> torch.Generator:
+    generator = torch.Generator(next(model.parameters()).device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator

@@ -71,8 +71,9 @@ def softmax_attention(
                 scale=1.0,
             )
         )  # fmt: skip
-    kept = window if window_only else n_old + n_token
     length = segments.advance(state.length, n_token)
+    # What is older than every row's document will never be looked at again.
+    kept = window if window_only else int(length.max())
     key = last_slots(key, kept, n_token, segments.lengths, 2)
     value = last_slots(value, kept, n_token, segments.lengths, 2)
     return torch.cat(outputs, 2), SoftmaxState(key, value, length)

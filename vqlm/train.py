@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
@@ -23,9 +23,16 @@ from torch import Tensor
 from vqlm import checkpoint
 from vqlm.codebook import merge_layers
 from vqlm.config import LMConfig, TrainConfig
-from vqlm.data import VOCAB_SIZE, Batch, Corpus, Lanes
+from vqlm.data import Batch, Corpus, Lanes
 from vqlm.evaluate import Evaluation, evaluate
 from vqlm.model import LM, LMState
+from vqlm.optimizers import (
+    load_state_tensors,
+    make_optimizer,
+    schedule,
+    share_after_warmup,
+    state_tensors,
+)
 from vqlm.runlog import Progress, RunLog, StepSums
 
 
@@ -55,11 +62,12 @@ class Trainer:
                 "a softmax mixer remembers every token, so its state would grow without end; "
                 f"set context_len, a multiple of seq_len={config.seq_len}"
             )
-        if model_config.vocab_size < VOCAB_SIZE:
+        if model_config.vocab_size < corpus.vocabulary.size:
             raise ValueError(
-                f"vocab_size={model_config.vocab_size}, but text has ids up to {VOCAB_SIZE - 1}; "
-                f"leave vocab_size at {VOCAB_SIZE} or more"
+                f"vocab_size={model_config.vocab_size}, but the vocabulary of {corpus.name} has "
+                f"{corpus.vocabulary.size} ids; make vocab_size at least that"
             )
+        self.medium = checkpoint.Medium.of(corpus)
         torch.manual_seed(config.seed)
         self.lanes = Lanes(corpus.train, config.batch_size, config.seq_len)
         model = LM(model_config)
@@ -70,6 +78,8 @@ class Trainer:
         self.saved_step: int | None = None
         self.health = torch.zeros((), device=self.accelerator.device)
         self.stop_requested = False
+        self.newest_look: tuple[int, Evaluation] | None = None
+        """Step and result of the last look at the validation split."""
 
     @property
     def bare_model(self) -> LM:
@@ -80,39 +90,54 @@ class Trainer:
 
     def share_done(self) -> float:
         """How much of the training is behind us, by steps or by time, whichever is more."""
-        share = self.progress.step / self.config.steps
-        if self.config.minutes is not None:
-            share = max(share, self.progress.seconds / (60 * self.config.minutes))
-        return share
+        share = self.progress.step / (self.config.steps + self.config.extra_steps)
+        return max(share, self._share_of_time())
+
+    def _share_of_time(self) -> float:
+        minutes = self.config.minutes
+        return 0.0 if minutes is None else self.progress.seconds / (60 * minutes)
+
+    def rate(self) -> float:
+        """Learning rate of the next step; it follows steps or time, whichever is further along."""
+        config, step = self.config, self.progress.step
+        share = step / config.steps
+        if config.warmup_apart:
+            share = share_after_warmup(step, config.warmup_steps, config.steps)
+        return config.learning_rate * schedule(
+            config.schedule, step, config.warmup_steps, max(share, self._share_of_time()),
+            final_rate=config.final_rate, from_zero=config.warmup_apart,
+        )  # fmt: skip
 
     def step(self, batch: Batch) -> StepSums:
         """One optimizer step and one codebook update; returns sums over the batch, on the device.
 
         loss = mean over tokens of (cross-entropy + commitment weight * sum over layers |k-k_hat|^2)
         """
-        rate = self.config.rate(self.progress.step, self.share_done())
+        rate = self.rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = batch.to(self.accelerator.device)
         n_token = batch.targets.numel()
-        context_len = self.config.context_len
-        if context_len and self.progress.step * self.config.seq_len % context_len == 0:
+        sequence, within = self._place_in_sequence()
+        if within == 0:
             self.states = [None] * self.config.accumulate
         nats, stats = self.health.new_zeros(()), None
         rows = self.config.batch_size // self.config.accumulate
         for part in range(self.config.accumulate):
             cut = slice(part * rows, (part + 1) * rows)
-            out = self.model(batch.inputs[cut], self.states[part], starts=batch.starts[cut])
-            self.states[part] = out.state.detach()
-            # The logits are float32 in any precision: Accelerate widens what a model returns.
-            loss = F.cross_entropy(
-                out.logits.flatten(0, 1), batch.targets[cut].flatten(), reduction="sum"
+            seed = None if sequence is None else self._dropout_seed(sequence, part)
+            out = self.model(
+                batch.inputs[cut], self.states[part], starts=batch.starts[cut], dropout_seed=seed
             )
-            nats = nats + loss.detach()
-            loss = (loss + self.config.commitment * out.commitment()) / n_token
+            self.states[part] = out.state.detach()
+            loss, part_nats = out.objective(
+                batch.targets[cut], self.config.commitment, n_token=n_token
+            )
+            nats = nats + part_nats
             self.accelerator.backward(loss)
             stats = out.stats() if stats is None else merge_layers(stats, out.stats())
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        largest = math.inf if self.config.clip_norm is None else self.config.clip_norm
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
         assert norm is not None and stats is not None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -125,6 +150,18 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += n_token
         return StepSums(nats, norm, batch.n_bytes, rate, stats)
+
+    def _place_in_sequence(self) -> tuple[int | None, int | None]:
+        """Number of the sequence that the next step reads a part of, and where that begins in it;
+        None without end (``context_len``)."""
+        if self.config.context_len is None:
+            return None, None
+        return divmod(self.progress.step * self.config.seq_len, self.config.context_len)
+
+    def _dropout_seed(self, sequence: int, part: int) -> int:
+        """All steps over one sequence drop the same layers and sinusoids (the paper, section 5 of
+        its training); a prime apart, so that runs with other seeds share nothing for long."""
+        return (self.config.seed * 1_000_003 + sequence) * self.config.accumulate + part
 
     def require_finite(self, tensors: Iterable[Tensor] = ()) -> None:
         """Raises ``TrainingDiverged`` if any step so far had a loss or gradient not finite, or if
@@ -149,25 +186,28 @@ class Trainer:
         tensors = {"random_state": torch.get_rng_state()}
         if self.accelerator.device.type == "cuda":
             tensors["random_state_cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
-        for index, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": x for name, x in entry.items()}
+        moments = state_tensors(self.optimizer.optimizer)
+        tensors |= {f"optimizer/{name}": x for name, x in moments.items()}
         for part, state in enumerate(self.states):
             for index, x in enumerate(state.tensors() if state is not None else []):
                 tensors[f"state/{part}/{index}"] = x
         self.require_finite([*self.bare_model.state_dict().values(), *tensors.values()])
-        info = {
+        step = self.progress.step
+        folder = checkpoint.save_checkpoint(
+            self.out, step, self.bare_model, tensors, self._facts(),
+            keep=self.config.keep, medium=self.medium,
+        )  # fmt: skip
+        self.saved_step = step
+        return folder
+
+    def _facts(self) -> dict[str, Any]:
+        return {
             "train": dataclasses.asdict(self.config),
             "data": self.source,
             "fingerprint": self.corpus.fingerprint,
             "lanes": self.lanes.state_dict(),
             "progress": dataclasses.asdict(self.progress),
         }
-        step = self.progress.step
-        folder = checkpoint.save_checkpoint(
-            self.out, step, self.bare_model, tensors, info, self.config.keep
-        )
-        self.saved_step = step
-        return folder
 
     def resume(self) -> None:
         """Takes up the newest checkpoint of the run folder, as if there had been no stop.
@@ -187,17 +227,14 @@ class Trainer:
             checkpoint.load_weights(self.bare_model, folder / "model.safetensors")
             self.progress = Progress(**info["progress"])
             if self.progress.step > 0:
-                self._load_optimizer(tensors)
+                self._load_optimizer(folder, tensors)
                 self._load_states(tensors)
             self.lanes.load_state_dict(info["lanes"])
             torch.set_rng_state(tensors["random_state"])
             if self.accelerator.device.type == "cuda" and "random_state_cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random_state_cuda"], self.accelerator.device)
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{folder / 'trainer.json'} and trainer.safetensors are damaged or of another "
-                f"version: {error}; move {folder} away to resume from the checkpoint before it"
-            ) from error
+            raise _damaged(folder, error) from error
         self.saved_step = self.progress.step
 
     def _require_same_data(self, folder: Path, info: dict[str, Any]) -> None:
@@ -214,13 +251,13 @@ class Trainer:
                     f"not {new}; resume without changing it, or start a new run"
                 )
 
-    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        whole = self.optimizer.state_dict()
-        entries: dict[int, dict[str, Tensor]] = {}
-        for index in [index for group in whole["param_groups"] for index in group["params"]]:
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            entries[index] = {key: tensors[f"optimizer/{index}/{key}"] for key in keys}
-        self.optimizer.load_state_dict({**whole, "state": entries})
+    def _load_optimizer(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        prefix = "optimizer/"
+        mine = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+        try:
+            load_state_tensors(self.optimizer.optimizer, mine)
+        except ValueError as error:
+            raise _damaged(folder, error) from error
 
     def _load_states(self, tensors: dict[str, Tensor]) -> None:
         rows = self.config.batch_size // self.config.accumulate
@@ -256,6 +293,9 @@ class Trainer:
             log.write(self.progress, self.share_done())
             if self.saved_step != self.progress.step:
                 self.save()
+            looked_at = self.newest_look[0] if self.newest_look else None
+            if not self.stop_requested and looked_at != self.progress.step:
+                log.validation(self.progress, self._validate_and_keep_best(log))
         return self.progress
 
     def _after_step(self, log: RunLog) -> None:
@@ -263,12 +303,27 @@ class Trainer:
             log.write(self.progress, self.share_done())
         if self._due(self.config.eval_every):
             self.require_finite()
-            log.validation(self.progress, self.validate())
+            log.validation(self.progress, self._validate_and_keep_best(log))
         if self._due(self.config.save_every) and self.share_done() < 1:
             try:
                 self.save()
             except OSError as error:
                 log.note(f"warning: {error}; training goes on")
+
+    def _validate_and_keep_best(self, log: RunLog) -> Evaluation:
+        result = self.validate()
+        self.newest_look = self.progress.step, result
+        nats = result.nats / result.n_tokens
+        if self.progress.best_nats is None or nats < self.progress.best_nats:
+            # A weight that this text does not touch could be hidden from its loss.
+            self.require_finite(self.bare_model.state_dict().values())
+            self.progress.best_nats = nats
+            facts = {"step": self.progress.step, **self._facts()}
+            try:
+                checkpoint.save_best(self.out, self.bare_model, facts, self.medium)
+            except OSError as error:
+                log.note(f"warning: {error}; training goes on")
+        return result
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0
@@ -300,15 +355,19 @@ class Trainer:
             signal.signal(signal.SIGINT, before)
 
 
-def _optimizer(model: LM, config: TrainConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+def _optimizer(model: LM, config: TrainConfig) -> torch.optim.Optimizer:
+    return make_optimizer(
+        model.named_parameters(), name=config.optimizer, learning_rate=config.learning_rate,
+        betas=(config.beta1, config.beta2), eps=config.adam_epsilon,
+        weight_decay=config.weight_decay, official_decay=config.fixed_decay,
+    )  # fmt: skip
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{folder / 'trainer.json'} and trainer.safetensors are damaged or of another "
+        f"version: {error}; move {folder} away to resume from the checkpoint before it"
+    )
 
 
 def _require_same(saved: LMConfig, wanted: LMConfig) -> None:

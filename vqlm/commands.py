@@ -1,0 +1,294 @@
+"""What each command does; the command line itself is in cli.py.
+
+Everything heavy is imported where it is used, so that ``vqlm --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vqlm.checkpoint import Medium
+    from vqlm.config import LMConfig, TrainConfig
+    from vqlm.model import LM
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """``vqlm train``: a new run, or one that goes on."""
+    from vqlm.config import override_all
+    from vqlm.prepared import open_corpus
+    from vqlm.train import Trainer
+
+    pairs = _pairs(args.what)
+    # Absolute, so that eval and resume find it from any folder.
+    source = str(Path(args.data).expanduser().absolute()) if args.data else None
+    model_config, config, source, out = _chosen(args, source)
+    model_config, config = override_all(pairs, model_config, config)
+    corpus = open_corpus(source)
+    if args.resume is None and "vocab_size" not in pairs:
+        model_config = dataclasses.replace(model_config, vocab_size=corpus.vocabulary.size)
+    trainer = Trainer(model_config, config, corpus, source, out)
+    if args.resume is not None:
+        trainer.resume()
+    progress = trainer.fit()
+    result: dict[str, Any] = {"run": str(out), "steps": progress.step, "tokens": progress.tokens}
+    result["minutes"] = progress.seconds / 60
+    if trainer.stop_requested:
+        print(f"\nSaved step {progress.step}. To go on: vqlm train --resume {out}")
+        return {**result, "interrupted": True}
+    assert trainer.newest_look is not None
+    result["validation"] = trainer.newest_look[1].summary()
+    bits = result["validation"]["bits_per_byte"]
+    print(f"{out}: step {progress.step}, first of the validation split {bits:.4f} bits per byte")
+    return result
+
+
+def _chosen(
+    args: argparse.Namespace, source: str | None
+) -> tuple[LMConfig, TrainConfig, str | None, Path]:
+    """Configs, source and run folder: of a preset, or of the run to go on with."""
+    from vqlm import checkpoint, presets
+    from vqlm.config import TrainConfig, from_dict
+
+    names = [word for word in args.what if "=" not in word]
+    if len(names) > 1:
+        raise ValueError(f"one preset at most, got {' and '.join(names)}")
+    if args.resume is None:
+        out = args.out or Path("runs/latest")
+        model_config, config = presets.get(names[0] if names else "mini")
+        if checkpoint.newest_checkpoint(out) is not None:
+            raise ValueError(f"{out} already holds a run; use --resume {out}, or another --out")
+        return model_config, config, source, out
+    if names or args.out:
+        extra = f"preset {names[0]!r}" if names else f"--out {args.out}"
+        raise ValueError(f"--resume goes on with the run as it is; leave out {extra}")
+    newest = checkpoint.newest_checkpoint(args.resume)
+    if newest is None:
+        raise FileNotFoundError(f"{args.resume} has no checkpoint to resume from")
+    info = checkpoint.load_trainer(newest)[1]
+    model_config = checkpoint.read_config(newest / "config.json")
+    config = from_dict(TrainConfig, info["train"])
+    return model_config, config, source or info["data"], args.resume
+
+
+def _pairs(words: list[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """``vqlm eval``: a whole split."""
+    from vqlm import checkpoint, evaluate
+    from vqlm.prepared import open_corpus
+
+    model = checkpoint.load_model(args.run_folder)
+    info = _facts(args.run_folder)
+    corpus = open_corpus(args.data or info.get("data"))
+    if not args.data and info and info["fingerprint"] != corpus.fingerprint:
+        print(
+            "warning: the text has changed since training, and so have its splits: what is "
+            "measured may have been trained on",
+            file=sys.stderr,
+        )
+    if corpus.vocabulary.size > model.config.vocab_size:
+        raise ValueError(
+            f"{corpus.name} has {corpus.vocabulary.size} token ids, the model "
+            f"{model.config.vocab_size}; give --data with the vocabulary that it was trained on"
+        )
+    context = args.context
+    if context is None and "softmax" in model.config.mixers:
+        context = info.get("train", {}).get("context_len")
+    split = getattr(corpus, args.split)
+    result = evaluate.evaluate(
+        model, split, seq_len=args.seq_len, batch_size=args.batch_size, context_len=context
+    )
+    print(
+        f"{args.split} split of {corpus.name}: {result.bits_per_byte:.4f} bits per byte "
+        f"over {result.n_bytes:,} bytes"
+    )
+    if result.word_perplexity is not None:
+        print(
+            f"perplexity {result.word_perplexity:.2f} per word ({result.n_words:,} words), "
+            f"{result.token_perplexity:.2f} per token ({result.n_tokens:,} tokens)"
+        )
+    if result.codes_in_use():
+        used = ", ".join(f"{perplexity:.1f}" for perplexity in result.codes_in_use())
+        print(f"codes in use (perplexity, by layer, of {model.config.n_code}): {used}")
+    facts: dict[str, Any] = {"run": str(args.run_folder), "split": args.split}
+    facts |= {"data": corpus.name, "context": context, "step": info.get("step")}
+    return {**facts, **result.summary()}
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What is known of a run's training, or of the checkpoint ``folder``; empty if nothing is."""
+    from vqlm import checkpoint
+
+    newest = checkpoint.newest_checkpoint(folder)
+    if newest is None and (folder / "trainer.json").is_file():
+        newest = folder  # one checkpoint of a run, or its best
+    return checkpoint.load_facts(newest) if newest else {}
+
+
+def sample(args: argparse.Namespace) -> dict[str, Any]:
+    """``vqlm sample``: text to the terminal, pictures to a file."""
+    from vqlm.checkpoint import load_medium, load_model
+
+    model, medium = load_model(args.run_folder), load_medium(args.run_folder)
+    if medium.kind == "image":
+        return _sample_pictures(args, model, medium)
+    if args.png or args.complete:
+        raise ValueError(f"{args.run_folder} writes text; --png and --complete are for pictures")
+    return _sample_texts(args, model, medium)
+
+
+def _sample_texts(args: argparse.Namespace, model: LM, medium: Medium) -> dict[str, Any]:
+    from vqlm.sample import sample_texts, stream_text
+
+    settings = {
+        "temperature": 0.8 if args.temperature is None else args.temperature,
+        "top_p": 0.95 if args.top_p is None else args.top_p,
+        "seed": args.seed, "vocabulary": medium.vocabulary,
+    }  # fmt: skip
+    prompt = args.prompt.encode()
+    if args.count is not None:
+        texts = sample_texts(model, prompt, args.tokens, args.count, **settings)
+        for index, text in enumerate(texts, start=1):
+            print(f"--- {index} of {args.count}\n{args.prompt}{text}")
+        return {"prompt": args.prompt, "texts": texts}
+    pieces = stream_text(model, prompt, args.tokens, **settings)
+    text = next(pieces, "")  # settings are looked at before anything is printed
+    sys.stdout.write(args.prompt + text)
+    for piece in pieces:
+        text += piece
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+    return {"prompt": args.prompt, "text": text}
+
+
+def _sample_pictures(args: argparse.Namespace, model: LM, medium: Medium) -> dict[str, Any]:
+    import numpy as np
+    from tqdm import tqdm
+
+    from vqlm.pictures import save_png, to_grid
+    from vqlm.sample import sample_pictures
+
+    assert medium.picture_shape is not None
+    height, width, channels = medium.picture_shape
+    count = 4 if args.count is None else args.count
+    given = known = None
+    if args.complete:
+        given = _test_pictures(args, medium, count)
+        count = len(given)
+        known = given.reshape(count, -1)[:, : height // 2 * width * channels]
+    path = args.png or args.run_folder / "samples.png"
+    with tqdm(total=1.0, disable=None, bar_format="{percentage:3.0f}% |{bar}| {remaining}") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.update(done / total - bar.n)
+
+        made = sample_pictures(
+            model, medium.picture_shape, count, known,
+            temperature=1.0 if args.temperature is None else args.temperature,
+            top_p=0.999 if args.top_p is None else args.top_p, seed=args.seed, progress=show,
+        )  # fmt: skip
+    columns = count if args.complete else max(1, round(count**0.5))
+    if given is not None:
+        halves = given.copy()
+        halves[:, height // 2 :] = 0
+        made = np.concatenate([halves, made, given])
+    save_png(to_grid(made, columns), path)
+    rows = "; rows: what was given, completed, the original" if args.complete else ""
+    print(f"{count} pictures of {width} x {height} in {path}{rows}")
+    return {"png": str(path), "count": count}
+
+
+def _test_pictures(args: argparse.Namespace, medium: Medium, count: int) -> Any:
+    """uint8 [count, height, width, 3], spread over the test split."""
+    import numpy as np
+
+    from vqlm.prepared import open_corpus
+
+    corpus = open_corpus(args.data or _facts(args.run_folder).get("data"))
+    shape = corpus.picture_shape
+    if shape is None or shape != medium.picture_shape:
+        raise ValueError(
+            f"{corpus.name} has pictures of {shape}, the model makes "
+            f"{medium.picture_shape}; give --data as in the training"
+        )
+    offsets, tokens = corpus.test.document_offsets, corpus.test.tokens
+    chosen = np.unique(np.linspace(0, corpus.test.n_documents - 1, count).astype(int))
+    decode = corpus.vocabulary.decode
+    bodies = [decode(tokens[offsets[i] : offsets[i + 1]]) for i in chosen]
+    return np.frombuffer(b"".join(bodies), np.uint8).reshape(-1, *shape)
+
+
+def data(args: argparse.Namespace) -> dict[str, Any]:
+    """``vqlm data``: prepare or verify."""
+    from vqlm import download, prepare, prepared
+
+    if args.action == "verify":
+        n_bytes = prepared.verify(Path(args.name))
+        print(f"{args.name}: all {n_bytes:,} bytes are as they were written")
+        return {"folder": args.name, "n_bytes": n_bytes}
+    if args.source is None or args.out is None:
+        raise ValueError("prepare needs --source (a file or folder) and --out (a new folder)")
+    prepared.refuse_occupied(args.out)
+    source = download.download(args.name, args.source) if args.download else args.source
+    options = {name: _value(text) for name, text in _pairs(args.what).items()}
+    result = prepare.prepare(args.name, source, args.out, **options)
+    for split, facts in result["splits"].items():
+        words = f", {facts['n_words']:,} words" if facts.get("n_words") else ""
+        print(
+            f"{split:<11}{facts['n_documents']:>11,} documents {facts['n_tokens']:>15,} tokens "
+            f"{facts['n_bytes']:>15,} bytes{words}"
+        )
+    print(f"{args.out} is ready: vqlm train PRESET --data {args.out}")
+    return result
+
+
+def _value(text: str) -> Any:
+    """An option's value: a JSON number or truth value, or else the text itself."""
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text
+
+
+def import_official(args: argparse.Namespace) -> dict[str, Any]:
+    """``vqlm import-official``: a run folder that eval and sample can read."""
+    from vqlm import checkpoint, convert
+    from vqlm.official_files import read_official
+
+    if args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f"{args.out} is not empty; give a new folder")
+    params = read_official(args.path)
+    settings = convert.infer_settings(params)
+    told: dict[str, Any] = {}
+    if args.config is not None:
+        told = json.loads(args.config.read_text(encoding="utf-8"))
+        if not isinstance(told, dict):
+            raise ValueError(f"{args.config} holds no JSON object of official settings")
+    told |= {name: _value(text) for name, text in _pairs(args.what).items()}
+    for name, value in settings.items():
+        if name in told and told[name] != value:
+            raise ValueError(
+                f"{name}={told[name]!r} was given, but the parameters' shapes say {value!r}"
+            )
+    lm = convert.from_official(params, told | settings)
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_model(lm, args.out)
+    n_parameter = sum(p.numel() for p in lm.parameters())
+    print(f"{args.out}: {lm.config.n_layer} layers, {n_parameter:,} parameters")
+    return {"run": str(args.out), "parameters": n_parameter}
+
+
+def demo(args: argparse.Namespace) -> dict[str, Any]:
+    """``vqlm demo``."""
+    from vqlm import demo
+
+    return demo.run(args.out)
