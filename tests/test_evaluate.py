@@ -132,9 +132,8 @@ def test_the_arithmetic_by_hand() -> None:
         torch.tensor([[2.0, 2.0, 0.0, 0.0]]), torch.zeros(1, 4, 1), torch.tensor([3.0]),
         torch.tensor([12.0]), torch.zeros(1, 0, 1),
     )  # fmt: skip
-    result = Evaluation(
-        nats=8 * math.log(2) * 5, n_tokens=20, n_bytes=16, codebooks=(stats,), n_words=4
-    )
+    nats = 8 * math.log(2) * 5
+    result = Evaluation(nats, n_tokens=20, n_bytes=16, codebooks=(stats,), n_words=4)
     assert result.bits_per_byte == pytest.approx(2.5)
     assert result.summary() == {
         "bits_per_byte": pytest.approx(2.5),

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "vqlm"
 ROWS = [
     {"reference", "config", "codebook", "segments", "vocabulary", "compressors", "sampling"},
     {"layers", "data"},
-    {"vq", "softmax", "prepared"},
+    {"vq", "softmax", "ovq", "prepared"},
     {"vq_parallel"},
     {"model", "pictures", "download"},
     {"evaluate", "sample", "checkpoint", "prepare", "convert", "optimizers", "official_files"},

@@ -264,3 +264,21 @@ def test_layers_drop_rows_independently_under_one_seed() -> None:
     first, second = dropped
     assert 16 < first.sum() < 48 and 16 < second.sum() < 48
     assert 16 < (first == second).sum() < 48
+
+
+def test_twins_of_one_seed_start_with_the_same_weights() -> None:
+    weights = []
+    for mixers in (("vq",), ("softmax",), ("window", "vq")):
+        torch.manual_seed(3)
+        lm = LM(dataclasses.replace(CONFIG, mixers=mixers))
+        weights.append(dict(lm.named_parameters()))
+    for other in weights[1:]:
+        assert other.keys() == weights[0].keys()
+        assert all(torch.equal(x, other[name]) for name, x in weights[0].items())
+
+
+def test_every_layer_starts_with_codes_of_its_own() -> None:
+    torch.manual_seed(3)
+    first, second = LM(dataclasses.replace(CONFIG, mixers=("vq",), n_layer=2)).codebooks()
+    assert first is not None and second is not None
+    assert not torch.equal(first.key_sum, second.key_sum)

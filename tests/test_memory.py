@@ -46,7 +46,7 @@ def tiny(mixer: str) -> LM:
     torch.manual_seed(0)
     config = LMConfig(
         vocab_size=11, n_layer=1, d_model=8, n_head=2, d_k=4, d_v=4, d_ff=8, n_code=5, window=16,
-        block=250, mixers=(mixer,),
+        block=250, n_entry=5, chunk=50, mixers=(mixer,),
     )  # fmt: skip
     return LM(config).eval()
 
@@ -57,7 +57,7 @@ def held(state: LMState) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize("mixer", ["vq", "window", "softmax"])
+@pytest.mark.parametrize("mixer", ["vq", "window", "ovq", "softmax"])
 def test_state_bytes_after_a_thousand_and_a_hundred_thousand_tokens(mixer: str) -> None:
     lm, state, sizes = tiny(mixer), None, {}
     length = 100_000 if mixer != "softmax" else 2_000
@@ -88,7 +88,7 @@ def peaks(lm: LM, leaky: bool = False) -> tuple[int, int, int]:
     return found[2], found[8], memory.live
 
 
-@pytest.mark.parametrize("mixer", ["vq", "window"])
+@pytest.mark.parametrize("mixer", ["vq", "window", "ovq"])
 def test_peak_memory_does_not_grow_with_the_stream(mixer: str) -> None:
     lm = tiny(mixer)
     early, late, left = peaks(lm)

@@ -25,7 +25,7 @@ TOLERANCE = {
 }
 MIXERS = {
     "vq": ("vq",), "softmax": ("softmax",), "window": ("window",),
-    "mixed": ("window", "vq", "softmax"),
+    "ovq": ("ovq",), "mixed": ("window", "vq", "softmax"), "hybrid": ("window", "ovq"),
 }  # fmt: skip
 HEADS = {
     "gated": dict(layer="gau", n_head=1),
@@ -50,7 +50,7 @@ def model(
     """A tiny model in which every parameter matters; no test may change it."""
     config = LMConfig(
         vocab_size=VOCAB, n_layer=3 if mixers == "mixed" else 2, d_model=6, d_k=5, d_v=7, d_ff=8,
-        n_code=5, window=WINDOW, block=BLOCK, mixers=MIXERS[mixers],
+        n_code=5, n_entry=4, chunk=3, window=WINDOW, block=BLOCK, mixers=MIXERS[mixers],
         **(HEADS[heads] | VARIANTS[variant]),
     )  # fmt: skip
     torch.manual_seed(0)

@@ -51,7 +51,8 @@ def test_the_paper_s_presets_are_the_paper_s(name: str) -> None:
     assert model.tie_embedding == model.final_norm == (name != "enwik8")
     assert abs(n_parameter(name) / 1e6 / millions - 1) < 0.01
     assert (train.batch_size, train.warmup_steps, train.warmup_apart) == (128, 10_000, True)
-    assert (train.codebook_start, train.revive_below, train.commitment) == ("random", 0.0, 1e-4)
+    recipe = (train.codebook_start, train.revive_below, train.commitment, train.codebook_decay)
+    assert recipe == ("random", 0.0, 1e-4, 0.99)
     assert train.context_len is not None and train.context_len % train.seq_len == 0
 
 

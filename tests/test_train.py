@@ -35,6 +35,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "gau": dict(mixers=("vq",), layer="gau", n_head=1),
     "softmax": dict(mixers=("softmax",)),
     "window": dict(mixers=("window",)),
+    "ovq": dict(mixers=("ovq",), n_entry=12, chunk=8),
     "mixed": dict(mixers=("window", "vq")),
 }
 

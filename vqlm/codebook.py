@@ -134,8 +134,12 @@ class Codebook(nn.Module):
 
     def __init__(self, heads: int, n_code: int, d_k: int) -> None:
         super().__init__()
-        # The official start: short random codes (its fan-in rule counts heads and codes).
-        self.register_buffer("key_sum", torch.randn(heads, n_code, d_k) / (heads * n_code) ** 0.5)
+        # The official start: short random codes (its fan-in rule counts heads and codes).  Drawn
+        # beside the generator's stream, so that a seed gives a model without codebooks the same
+        # weights, and twins start alike.
+        with torch.random.fork_rng(devices=[]):
+            codes = torch.randn(heads, n_code, d_k) / (heads * n_code) ** 0.5
+        self.register_buffer("key_sum", codes)
         self.register_buffer("key_count", torch.ones(heads, n_code))
 
     def codes(self) -> Float[Tensor, "G S K"]:

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-MIXERS = ("vq", "softmax", "window")
+MIXERS = ("vq", "softmax", "window", "ovq")
 LAYERS = ("swiglu", "gau")
 PRECISIONS = ("float32", "bfloat16")
 CODEBOOK_STARTS = ("random", "kmeans")
+GROWTHS = ("plateau", "exponential", "eager")
 OPTIMIZERS = ("adamw", "lion", "adafactor")
 SCHEDULES = ("cosine", "inverse_sqrt", "linear", "constant")
 
@@ -51,6 +52,12 @@ class LMConfig:
     """Memory M: a query sees the M tokens before its block, and itself, one by one."""
     block: int = 128
     """Block L.  Outputs do not depend on it; which pairs give a key its gradient does (vq.py)."""
+    n_entry: int = 512
+    """Entries N in the dictionary of each key-value head of an "ovq" mixer."""
+    chunk: int = 128
+    """Tokens L that an "ovq" mixer keeps one by one before it files them; outputs depend on it."""
+    growth: str = "plateau"
+    """How the dictionary of an "ovq" mixer grows: "plateau", "exponential" or "eager"."""
     mixers: tuple[str, ...] = ("vq",)
     """Kinds of mixer, tiled over the layers: ("window", "vq") alternates."""
     layer: str = "swiglu"
@@ -82,7 +89,8 @@ class LMConfig:
         object.__setattr__(self, "mixers", tuple(self.mixers))
         for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_k", "d_v", "n_code"):
             _require(self, name, getattr(self, name) >= 1, "a whole number of at least 1")
-        for name in ("window", "block"):
+        _require(self, "n_entry", self.n_entry >= 1, "a whole number of at least 1")
+        for name in ("window", "block", "chunk"):
             _require(self, name, getattr(self, name) >= 1, "a number of tokens, at least 1")
         for name in ("d_ff", "n_kv_head"):
             value = getattr(self, name)
@@ -99,6 +107,7 @@ class LMConfig:
         for mixer in self.mixers:
             require_known("mixer", mixer, MIXERS)
         require_known("layer", self.layer, LAYERS)
+        require_known("growth", self.growth, GROWTHS)
 
     @property
     def kv_heads(self) -> int:

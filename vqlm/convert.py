@@ -3,6 +3,18 @@
 The official names are flat paths such as ``transformer_layers_0/scanned_attn1/q_proj/kernel``; its
 kernels are stored input x output, ours output x input; its layer holds two sublayers, ours one.
 Nothing is computed on the way, only moved, so that there and back is bit-exact.
+
+One official training step, number by number (``settings`` and ``loss_mask`` as there)::
+
+    lm = from_official(params, settings).train()
+    out = lm(inputs, state, learned=loss_mask.bool())
+    loss, nats = out.objective(targets, settings["c_beta"], loss_mask.bool())
+    loss.backward()
+    gamma = settings["c_gamma"]
+    gradients = to_official(lm, grads=True, stats=out.stats(), codebook_decay=gamma)
+    lm.update_codebooks_(out.stats(), gamma)
+    codebooks_after = to_official(lm)
+    next_state = out.state.detach()  # or, under the official names, state_to_official(out.state)
 """
 
 from __future__ import annotations

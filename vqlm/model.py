@@ -15,18 +15,20 @@ from torch.utils.checkpoint import checkpoint
 from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import LMConfig
 from vqlm.layers import Norm, Projected, SwiGLU, drop, sinusoid
+from vqlm.ovq import OVQAttention, OVQState
 from vqlm.sampling import pick
 from vqlm.segments import Segments
 from vqlm.softmax import SoftmaxAttention, SoftmaxState, WindowAttention
 from vqlm.vq import VQAttention, VQAux, VQState
 
-MIXERS: dict[str, type[VQAttention] | type[SoftmaxAttention]] = {
+MIXERS: dict[str, type[VQAttention] | type[SoftmaxAttention] | type[OVQAttention]] = {
     "vq": VQAttention,
     "softmax": SoftmaxAttention,
     "window": WindowAttention,
+    "ovq": OVQAttention,
 }
 
-MixerState = VQState | SoftmaxState
+MixerState = VQState | SoftmaxState | OVQState
 
 SEEDS_PER_LAYER = 3
 """Dropout masks that a layer draws from seeds: sinusoids, its mixer, its SwiGLU."""
@@ -99,7 +101,7 @@ class LMOutput(NamedTuple):
         """
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
         each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        nats = (each if counted is None else each[counted.flatten()]).sum()
+        nats = (each if counted is None else each * counted.flatten()).sum()
         loss = (nats + commitment * self.commitment()) / (n_token or targets.numel())
         return Objective(loss, nats.detach())
 

@@ -14,6 +14,8 @@ distance d.  Without the cache only keys with t - s <= M are attended to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -104,3 +106,87 @@ def visible_pairs(documents: Tensor, window: int, window_only: bool) -> Tensor:
     distance = time[:, None] - time[None, :]
     allowed = (distance >= 0) & ((distance <= window) | (not window_only))
     return (allowed & (documents[:, :, None] == documents[:, None, :]))[:, None]
+
+
+def ovq_attention_token_by_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    n_entry: int,
+    chunk: int,
+    dictionary_size: Callable[[int, int], int],
+    renormalised: bool = True,
+) -> Tensor:
+    """OVQ-attention of one document from an empty dictionary, one head and token at a time.
+
+    q [B, H, T, K], k [B, G, T, K] of length 1, v [B, G, T, V], beta [H]; ``dictionary_size(t, N)``
+    is how many entries there should be after t tokens.  Returns [B, H, T, V].
+    """
+    share = q.shape[1] // k.shape[1]
+    rows = []
+    for b in range(q.shape[0]):
+        heads = []
+        for h in range(q.shape[1]):
+            g = h // share
+            heads.append(
+                _ovq_one_head(
+                    q[b, h], k[b, g], v[b, g], beta[h], n_entry, chunk, dictionary_size,
+                    renormalised,
+                )
+            )  # fmt: skip
+        rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+def _ovq_one_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    n_entry: int,
+    chunk: int,
+    dictionary_size: Callable[[int, int], int],
+    renormalised: bool,
+) -> Tensor:
+    entries: list[tuple[Tensor, Tensor, int]] = []  # sum of keys, sum of values, count
+    open_chunk: list[int] = []
+    outputs = []
+    for t in range(len(q)):
+        open_chunk.append(t)
+        total, norm = torch.zeros_like(v[0]), torch.zeros_like(beta)
+        for key_sum, value_sum, count in entries:
+            length = key_sum.norm().clamp(min=1e-6) if renormalised else count
+            weight = torch.exp(beta * (q[t] @ key_sum / length))
+            total, norm = total + weight * value_sum, norm + weight * count
+        for j in open_chunk:
+            weight = torch.exp(beta * (q[t] @ k[j]))
+            total, norm = total + weight * v[j], norm + weight
+        outputs.append(total / norm)
+        if len(open_chunk) == chunk:
+            wanted = max(len(entries), dictionary_size(t + 1, n_entry))
+            entries = _ovq_merge(entries, open_chunk, k, v, wanted)
+            open_chunk = []
+    return torch.stack(outputs)
+
+
+def _ovq_merge(
+    entries: list[tuple[Tensor, Tensor, int]], members: list[int], k: Tensor, v: Tensor, wanted: int
+) -> list[tuple[Tensor, Tensor, int]]:
+    """Files a full chunk: its least similar keys become entries, the others join the nearest."""
+    means = [(key_sum / count).detach() for key_sum, _, count in entries]
+    familiarity = []
+    for position, i in enumerate(members):
+        others = [k[i] @ m for m in means] + [k[i] @ k[j] for j in members[:position]]
+        familiarity.append(max((x.item() for x in others), default=float("-inf")))
+    order = sorted(range(len(members)), key=lambda position: (familiarity[position], position))
+    founders = sorted(members[p] for p in order[: wanted - len(entries)])
+    merged = [*entries, *((k[i], v[i], 1) for i in founders)]
+    candidates = means + [k[i].detach() for i in founders]
+    for i in members:
+        if i not in founders:
+            similar = [(k[i] @ c).item() for c in candidates]
+            best = similar.index(max(similar))
+            key_sum, value_sum, count = merged[best]
+            merged[best] = (key_sum + k[i], value_sum + v[i], count + 1)
+    return merged
