@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_case import BATCH, HEADS
+from attention_case import BATCH, HEADS, AttentionCase
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,7 +29,7 @@ EXACT = {"atol": 1e-10, "rtol": 1e-10}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(AttentionCase):
     heads: str
     n_entry: int
     chunk: int
@@ -59,14 +59,6 @@ class Case:
         made = dict(q=F.normalize(q.double(), dim=-1), k=F.normalize(k.double(), dim=-1))
         made |= dict(v=v.double(), beta=beta.double())
         return {name: x.requires_grad_() for name, x in made.items()}
-
-    def starts(self) -> Tensor:
-        starts = torch.zeros(BATCH, self.n_token, dtype=torch.bool)
-        for t in self.document_starts:
-            if t < self.n_token:
-                starts[0, t] = True
-                starts[1, (t * 3 + 1) % self.n_token] = True
-        return starts
 
 
 @st.composite
