@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -105,7 +104,7 @@ def run_cell(
     found = evaluate(checkpoint.load_model(folder), corpus.test, context_len=context)
     facts = {"tokens": progress.tokens, "minutes": progress.seconds / 60}
     result = {**found.summary(), **facts}
-    _write_json(folder / "result.json", result)
+    throughput.write_json(folder / "result.json", result)
     return result
 
 
@@ -116,7 +115,7 @@ def _claim(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
         if checkpoint.newest_checkpoint(folder) is not None:
             raise ValueError(f"{folder} holds a run that is no part of a study; use another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(path, settings)
+        throughput.write_json(path, settings)
         return
     saved = json.loads(path.read_bytes())
     differ = [
@@ -127,13 +126,6 @@ def _claim(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
     ]
     if differ:
         raise ValueError(f"{folder} has other settings: {'; '.join(differ)}; use another --out")
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def summarise(results: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -380,7 +372,7 @@ def _run_cells(
     facts: dict[str, Any] = {"study": args.study, "preset": preset, "settings": pairs}
     facts |= {"data": corpus.name, "context": context, "out": str(out), "rows": rows}
     if rows:
-        _write_json(out / "results.json", facts)
+        throughput.write_json(out / "results.json", facts)
         print(_cell_table(field, rows))
         setting = " ".join([preset, *(f"{name}={text}" for name, text in pairs.items())])
         title = f"Test bits per byte by {field}: {setting}\non {corpus.name}, {train.steps} steps"

@@ -210,7 +210,7 @@ def table(
                 row = {"heads": heads, "seq_len": seq_len, "settings": settings}
                 row |= row_of(seconds, seq_len)
                 known[heads, seq_len] = row
-                _write(path, list(known.values()))
+                write_json(path, {"rows": list(known.values())})
             report(row)
             wanted.append(row)
     return wanted
@@ -243,10 +243,11 @@ def _read(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
         raise ValueError(f"{path} is not a throughput table; move it away ({error})") from error
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
