@@ -14,8 +14,17 @@ PACKAGE = Path(__file__).parents[1] / "vqlm"
 # From the bottom up: a module imports ours from lower rows only. `__init__` is the public face
 # of what lies below it, so training is not part of what `import vqlm` loads.
 ROWS = [
-    {"reference", "config", "codebook", "segments", "vocabulary", "compressors", "sampling"},
-    {"layers", "data"},
+    {
+        "reference",
+        "config",
+        "codebook",
+        "segments",
+        "vocabulary",
+        "compressors",
+        "sampling",
+        "precision",
+    },
+    {"layers", "data", "vq_kernel"},
     {"vq", "softmax", "ovq", "prepared"},
     {"vq_parallel"},
     {"model", "pictures", "download"},

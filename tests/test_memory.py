@@ -75,7 +75,8 @@ def test_state_bytes_after_a_thousand_and_a_hundred_thousand_tokens(mixer: str) 
 
 
 def peaks(lm: LM, leaky: bool = False) -> tuple[int, int, int]:
-    """Peak bytes after 2 and after 8 calls, and what is left when all is over but the state."""
+    """Peak bytes of the second call, of all from then to the eighth, and what is left when all
+    is over but the state.  (The first call finds an empty window, and is not like the others.)"""
     state, total, leak, found = None, 0.0, [], {}
     with torch.no_grad(), LiveBytes() as memory:
         for call in range(1, 9):
@@ -84,6 +85,8 @@ def peaks(lm: LM, leaky: bool = False) -> tuple[int, int, int]:
             if leaky:
                 leak.append(out.logits[:, -1])  # a view: it keeps all of them
             del out
+            if call == 1:
+                memory.peak = memory.live
             found[call] = memory.peak
     return found[2], found[8], memory.live
 

@@ -253,7 +253,7 @@ def test_which_pairs_carry_gradient(window: int, block: int, cache_grad: bool) -
                 for i in range(T)
             ]
         )
-        touched = got.abs().sum((1, 2, 4)) > 0
+        touched = got.abs().sum((1, 2, 4)) > 1e-12  # less is rounding
         # A key that is alone in its softmax has a weight of 1, whatever it is.
         alone = (t == 0) & (name == "k")
         assert torch.equal(touched, causal & (want if cache_grad else want & own) & ~alone)

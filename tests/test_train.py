@@ -24,7 +24,7 @@ from tiny import (
 )
 from torch.testing import assert_close
 
-from vqlm import checkpoint
+from vqlm import checkpoint, precision
 from vqlm.config import TrainConfig
 from vqlm.data import Corpus, Lanes, load_corpus
 from vqlm.evaluate import Evaluation
@@ -312,13 +312,30 @@ def test_bfloat16_learns_and_keeps_its_sums_in_float32(tmp_path: Path) -> None:
 
 def test_bfloat16_products_are_in_bfloat16(data: Corpus, tmp_path: Path) -> None:
     kinds = set()
-    for precision in ("bfloat16", "float32"):  # one after the other in one process
-        run = trainer(data, tmp_path / precision, precision=precision)
+    for name in ("bfloat16", "float32"):  # one after the other in one process
+        run = trainer(data, tmp_path / name, precision=name)
         layer = run.bare_model.layers[0].ff.input
         layer.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
         run.step(run.lanes.next_batch())
         assert run.config.precision in str(kinds)
         kinds.clear()
+
+
+@pytest.mark.parametrize("quick", ["bfloat16", "float32"])
+def test_automatic_precision_is_what_multiplies_faster(
+    data: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: str
+) -> None:
+    seconds = {torch.bfloat16: 2.0, torch.float32: 2.0, getattr(torch, quick): 1.0}
+    monkeypatch.setattr(precision, "_seconds", seconds.__getitem__)
+    precision.fastest.cache_clear()
+    run = trainer(data, tmp_path, precision="auto")
+    precision.fastest.cache_clear()
+    assert run.accelerator.mixed_precision == {"bfloat16": "bf16", "float32": "no"}[quick]
+
+
+def test_products_are_timed_in_both_formats() -> None:
+    assert precision._seconds(torch.float32) > 0 < precision._seconds(torch.bfloat16)
+    assert precision.fastest("mps") == "float32"
 
 
 def test_metrics_have_the_documented_names(data: Corpus, tmp_path: Path) -> None:

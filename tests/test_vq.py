@@ -141,6 +141,25 @@ def test_every_combination(
     )
 
 
+class Loud(Case):
+    """Scores too large for exp: hundreds of times the range in which no maximum is subtracted."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        x = super().tensors()
+        x["q"].data *= 1e4
+        return x
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("cache", [True, False])
+def test_scores_beyond_the_range_of_exp(heads: str, cache: bool) -> None:
+    """Across documents, empty slots and calls, with gradients."""
+    case = Loud(heads, 3, 4, 19, cache, True, (6,), (9,), 0)
+    got, want = (output_and_gradients(run, case) for run in (run_fast, run_oracle))
+    assert (case.tensors()["q"].abs() * 10).max() > 709
+    assert_close(got, want, rtol=1e-8, atol=1e-8)
+
+
 def test_block_decides_key_gradients_but_not_outputs() -> None:
     small = Case("multi-head", 4, 2, 19, True, True, (), (), 3)
     large = dataclasses.replace(small, block=8)

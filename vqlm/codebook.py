@@ -8,12 +8,13 @@ Axes: B batch, G key-value head, T time, S codes, K key width, R sampled keys.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 COUNT_FLOOR = 0.01
 """Least count that a sum of keys is divided by (the official implementation's)."""
@@ -21,7 +22,7 @@ COUNT_FLOOR = 0.01
 SAMPLES_PER_ROW = 16
 """Keys of each row kept in the statistics as candidates for re-seeding."""
 
-CPU_SLICE = 64
+CPU_SLICE = 128
 """Tokens whose scores against all codes are compared at a time on a CPU."""
 
 KMEANS_STEPS = 12
@@ -91,24 +92,27 @@ class Quantized(NamedTuple):
 def nearest_code(
     keys: Float[Tensor, "B G T K"], codes: Float[Tensor, "G S K"]
 ) -> Int[Tensor, "B G T"]:
-    """Index of the code nearest in Euclidean distance, in at least float32."""
+    """Index of the code nearest in Euclidean distance, in at least float32; the lowest on ties."""
     with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
         # |k - c|^2 / 2 = |k|^2 / 2 - k.c + |c|^2 / 2, and the first term is common to all codes.
-        half = codes.square().sum(-1)[:, :, None] / 2
-        # On a CPU a slice's scores stay in the cache; and the best of S codes is quicker to find
-        # along an axis that is not the innermost.
-        n_token = CPU_SLICE if keys.device.type == "cpu" else keys.shape[2]
-        best = []
-        for part in keys.to(codes.dtype).split(n_token, 2):
-            score = torch.einsum("gsk,bgtk->bgst", codes, part).sub_(half)
-            best.append(score.max(2).indices)
-        return torch.cat(best, 2)
+        half, keys = codes.square().sum(-1) / 2, keys.to(codes.dtype)
+        if keys.device.type != "cpu":
+            return torch.einsum("bgtk,gsk->bgts", keys, codes).sub_(half[:, None]).argmax(-1)
+        best = torch.empty(keys.shape[:3], dtype=torch.long)
+        for row, found in zip(keys, best, strict=True):
+            # A slice's scores stay in the processor's cache.
+            for part, target in zip(
+                row.split(CPU_SLICE, 1), found.split(CPU_SLICE, 1), strict=True
+            ):
+                target.copy_(torch.bmm(part, codes.mT).sub_(half[:, None]).argmax(-1))
+        return best
 
 
 def look_up(codes: Float[Tensor, "G S K"], code: Int[Tensor, "B G T"]) -> Tensor:
     """codes[g, code[b, g, t]], of shape [B, G, T, K]."""
-    head = torch.arange(codes.shape[0], device=codes.device)
-    return codes[head[:, None], code]
+    heads, n_code, width = codes.shape
+    index = code + torch.arange(heads, device=code.device)[:, None] * n_code
+    return codes.reshape(-1, width).index_select(0, index.flatten()).view(*code.shape, width)
 
 
 def sum_by_code(
@@ -121,6 +125,25 @@ def sum_by_code(
     total = values.new_zeros(batch * heads * n_code, width)
     total = total.index_add(0, index, values.reshape(-1, width))
     return total.reshape(batch, heads, n_code, width)
+
+
+class _Quantize(torch.autograd.Function):
+    """The chosen codes [B, G, T, K], their gradient passed straight through to the keys, and
+    |k - code|^2 [B, G, T], whose gradient is 2 (k - code).  Keeps keys and indices alone."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, codes: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(keys, codes, code)
+        chosen = look_up(codes, code).to(keys.dtype)
+        difference = keys - chosen
+        return chosen, torch.linalg.vecdot(difference, difference)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_chosen: Tensor, d_error: Tensor) -> tuple[Tensor, None, None]:
+        keys, codes, code = ctx.saved_tensors
+        difference = look_up(codes, code).to(keys.dtype).neg_().add_(keys)
+        return torch.addcmul(d_chosen, difference, d_error[..., None], value=2.0), None, None
 
 
 class Codebook(nn.Module):
@@ -156,11 +179,10 @@ class Codebook(nn.Module):
         """Quantizes ``keys``; ``codes`` is what ``codes()`` returned, ``valid`` the tokens to learn
         from: others get their code too, but count for neither commitment nor statistics."""
         code = nearest_code(keys, codes)
-        chosen = look_up(codes, code)
-        error = (keys - chosen).square().sum(-1) * valid[:, None]
-        straight_through = keys + (chosen - keys).detach()
+        quantized, error = _Quantize.apply(keys, codes, code)
+        error = error * valid[:, None]
         stats = self._stats(keys.detach(), code, error.detach(), valid) if with_stats else None
-        return Quantized(code, straight_through, error.sum(), stats)
+        return Quantized(code, quantized, error.sum(), stats)
 
     def _stats(self, keys: Tensor, code: Tensor, error: Tensor, valid: Tensor) -> CodeStats:
         weight = valid[:, None, :, None].expand_as(keys[..., :1]).to(keys.dtype)

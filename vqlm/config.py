@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 MIXERS = ("vq", "softmax", "window", "ovq")
 LAYERS = ("swiglu", "gau")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "auto")
 CODEBOOK_STARTS = ("random", "kmeans")
 GROWTHS = ("plateau", "exponential", "eager")
 OPTIMIZERS = ("adamw", "lion", "adafactor")
@@ -186,7 +186,7 @@ class TrainConfig:
     revive_below: float = 0.0
     """Codes used less than this share of the average are moved onto recent keys; 0: never."""
     precision: str = "float32"
-    """"bfloat16" runs matrix products in it, under autocast."""
+    """"bfloat16" runs matrix products in it, under autocast; "auto": where that is faster."""
     checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
     seed: int = 0

@@ -40,7 +40,7 @@ def demo() -> Preset:
     )
     train = TrainConfig(
         steps=10_000, minutes=5.5, batch_size=16, seq_len=128, learning_rate=3e-3,
-        final_rate=0.02, precision="bfloat16", eval_every=400, save_every=400, **_RECIPE,
+        final_rate=0.02, precision="auto", eval_every=400, save_every=400, **_RECIPE,
     )  # fmt: skip
     return model, train
 
@@ -79,7 +79,7 @@ def _paper_training(steps: int, **more: Any) -> TrainConfig:
     """What the three experiments of the paper have in common."""
     return TrainConfig(
         steps=steps, batch_size=128, warmup_steps=10_000, warmup_apart=True, fixed_decay=True,
-        beta1=0.9, beta2=0.98, adam_epsilon=1e-9, precision="bfloat16", checkpointing=True,
+        beta1=0.9, beta2=0.98, adam_epsilon=1e-9, precision="auto", checkpointing=True,
         log_every=200, eval_every=1000, save_every=1000, **_PAPER_RECIPE, **more,
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def enwik8_small() -> Preset:
     model = _gau(512, 24, d_k=128, n_code=512, window=256, dropout_layer=0.1)
     train = TrainConfig(
         steps=50_000, batch_size=16, seq_len=2048, accumulate=4, learning_rate=1e-3,
-        warmup_steps=1000, precision="bfloat16", checkpointing=True, log_every=50, eval_every=1000,
+        warmup_steps=1000, precision="auto", checkpointing=True, log_every=50, eval_every=1000,
         save_every=1000, eval_bytes=1_000_000, **_RECIPE,
     )  # fmt: skip
     return model, train
@@ -203,7 +203,7 @@ def imagenet64_mini() -> Preset:
 def _mini_training(*, batch_size: int, seq_len: int, **more: Any) -> TrainConfig:
     settings = {"minutes": 10.0, "learning_rate": 3e-3, "final_rate": 0.02, **_RECIPE, **more}
     return TrainConfig(
-        steps=20_000, batch_size=batch_size, seq_len=seq_len, precision="bfloat16", eval_every=500,
+        steps=20_000, batch_size=batch_size, seq_len=seq_len, precision="auto", eval_every=500,
         save_every=500,
         **settings,
     )  # fmt: skip

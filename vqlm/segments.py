@@ -73,6 +73,15 @@ class Segments(NamedTuple):
             return torch.zeros(batch_size, n_token, dtype=torch.long, device=device)
         return self.starts.cumsum(1)
 
+    def newest_document(
+        self, batch_size: int, n_token: int, device: torch.device
+    ) -> Int[Tensor, " B"]:
+        """Document of each row's last real token; 0 where there is none."""
+        documents = self.documents(batch_size, n_token, device)
+        if self.lengths is None:
+            return documents[:, -1]
+        return (documents * self.valid(n_token, device)).amax(1)
+
     def positions(self, length: Int[Tensor, " B"], n_token: int) -> Int[Tensor, "B T"]:
         """Position of each token in its document, when ``length`` tokens of it went before."""
         index = torch.arange(n_token, device=length.device)[None]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
 from vqlm import checkpoint
@@ -33,6 +33,7 @@ from vqlm.optimizers import (
     share_after_warmup,
     state_tensors,
 )
+from vqlm.precision import fastest
 from vqlm.runlog import Progress, RunLog, StepSums
 
 
@@ -52,11 +53,7 @@ class Trainer:
         out: Path,
     ) -> None:  # fmt: skip
         self.config, self.corpus, self.source, self.out = config, corpus, source, out
-        # Accelerate refuses a second precision in one process otherwise.
-        AcceleratorState._reset_state()
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bfloat16" else "no"
-        )
+        self.accelerator = _accelerator(config.precision)
         if "softmax" in model_config.mixers and config.context_len is None:
             raise ValueError(
                 "a softmax mixer remembers every token, so its state would grow without end; "
@@ -353,6 +350,14 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def _accelerator(precision: str) -> Accelerator:
+    if precision == "auto":
+        precision = fastest(PartialState().device.type)
+    # Accelerate refuses a second precision in one process otherwise.
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision="bf16" if precision == "bfloat16" else "no")
 
 
 def _optimizer(model: LM, config: TrainConfig) -> torch.optim.Optimizer:

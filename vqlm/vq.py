@@ -24,14 +24,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vqlm.codebook import Codebook, CodeStats, Quantized, sum_by_code
+from vqlm.codebook import Codebook, CodeStats, Quantized
 from vqlm.config import LMConfig
-from vqlm.layers import AttentionProjections, RelativeBias, relative_scores
+from vqlm.layers import AttentionProjections, RelativeBias
 from vqlm.segments import Segments, last_slots
+from vqlm.vq_kernel import Schedule, Tensors, attend
 
 
 class VQState(NamedTuple):
@@ -106,155 +106,33 @@ def vq_attention(
             f"vq_attention: the bias has rows for {bias.rows.shape[1]} distances, but a state with "
             f"a window of {window} wants {window + 1}; make both from one config"
         )
-    recent, cache = _open(state)
-    tokens = _Recent(
-        keys.code,
-        keys.key.to(state.key.dtype),
-        value.to(state.value.dtype),
-        segments.documents(batch, n_token, query.device),
-    )
-    outputs = []
-    parts = zip(query.split(block, 2), tokens.split(block), strict=True)
-    for index, (part, new) in enumerate(parts):
-        joined = recent.join(new)
-        outputs.append(_attend(part, joined, codes, bias, cache))
-        n_real = None
-        if segments.lengths is not None:
-            n_real = (segments.lengths - index * block).clamp(0, part.shape[2])
-        cache = _file(cache, joined, part.shape[2], n_real)
-        recent = joined.newest(window, part.shape[2], n_real)
-        if not cache_grad:
-            recent, cache = recent.detach(), cache.detach()
-    length = segments.advance(state.length, n_token)
-    return torch.cat(outputs, 2), _close(recent, cache, length)
-
-
-class _Recent(NamedTuple):
-    """Tokens that are still seen one by one."""
-
-    code: Int[Tensor, "B G W"]
-    key: Float[Tensor, "B G W K"]
-    value: Float[Tensor, "B G W V"]
-    document: Int[Tensor, "B W"]
-    """Document of the call each belongs to, 0 being the state's; -1: an empty or stale slot."""
-
-    def split(self, n: int) -> list[_Recent]:
-        """Pieces of ``n`` tokens each, the last one shorter."""
-        parts = (x.split(n, dim) for x, dim in zip(self, (2, 2, 2, 1), strict=True))
-        return [_Recent(*part) for part in zip(*parts, strict=True)]
-
-    def join(self, new: _Recent) -> _Recent:
-        """These and then ``new``."""
-        return _Recent(
-            *(torch.cat([a, b], dim) for a, b, dim in zip(self, new, (2, 2, 2, 1), strict=True))
-        )
-
-    def newest(self, n: int, n_new: int, n_real: Tensor | None) -> _Recent:
-        """The last ``n``, when of the ``n_new`` joined last only ``n_real`` of a row are real."""
-        pairs = zip(self, (2, 2, 2, 1), strict=True)
-        return _Recent(*(last_slots(x, n, n_new, n_real, dim) for x, dim in pairs))
-
-    def detach(self) -> _Recent:
-        return self._replace(key=self.key.detach(), value=self.value.detach())
-
-
-class _Cache(NamedTuple):
-    """The slots: everything older, of one document."""
-
-    value_sum: Float[Tensor, "B G S V"]
-    value_count: Float[Tensor, "B G S"]
-    document: Int[Tensor, " B"]
-
-    def detach(self) -> _Cache:
-        return self._replace(value_sum=self.value_sum.detach())
-
-
-def _open(state: VQState) -> tuple[_Recent, _Cache]:
-    age = torch.arange(state.key.shape[2], 0, -1, device=state.length.device)
-    document = (age <= state.length[:, None]).long() - 1
-    recent = _Recent(state.code, state.key, state.value, document)
-    return recent, _Cache(state.value_sum, state.value_count, torch.zeros_like(state.length))
-
-
-def _close(recent: _Recent, cache: _Cache, length: Int[Tensor, " B"]) -> VQState:
-    # Slots of a document that has ended since they were filed are of no more use.
-    same = (cache.document == recent.document[:, -1])[:, None, None]
-    return VQState(
-        recent.code, recent.key, recent.value,
-        cache.value_sum * same[..., None], cache.value_count * same, length,
+    dtype = state.key.dtype
+    code = torch.cat([state.code, keys.code], 2)
+    schedule = Schedule.of(
+        code, state.length, segments, window=window, block=block,
+        with_slots=state.value_count.shape[2] > 0, warm=bool(state.value_count.any()),
     )  # fmt: skip
+    key, value = keys.key.to(dtype), value.to(dtype)
+    sums = torch.cat([state.value_sum, state.value_count[..., None]], 3)
+    x = Tensors(query.to(dtype), key, value, *bias, state.key, state.value, sums, codes)
+    out, sums = attend(x, schedule, cache_grad)
 
+    def newest(old: Tensor, new: Tensor) -> Tensor:
+        if segments.lengths is None and n_token >= window:
+            return last_slots(new, window, n_token, None, 2)
+        return last_slots(torch.cat([old, new], 2), window, n_token, segments.lengths, 2)
 
-def _attend(
-    query: Float[Tensor, "B H L K"],
-    recent: _Recent,
-    codes: Float[Tensor, "G S K"],
-    bias: RelativeBias,
-    cache: _Cache,
-) -> Float[Tensor, "B H L V"]:
-    """One block of queries over its recent keys and the slots, in one softmax."""
-    groups, n_recent, n_query = recent.key.shape[1], recent.key.shape[2], query.shape[2]
-    windowed = cache.value_count.shape[-1] == 0
-    content = rearrange(query + bias.content[:, None], "b (g r) l k -> b g r l k", g=groups)
-    position = relative_scores(query + bias.position[:, None], bias.rows)
-    scores = torch.einsum("bgrlk,bgwk->bgrlw", content, recent.key)
-    scores = scores + rearrange(position, "b (g r) l w -> b g r l w", g=groups)
-    own = recent.document[:, n_recent - n_query :]
-    hidden = ~_visible(own, recent.document, windowed)
-    # Adding -inf costs nothing in the backward pass, filling with it does.
-    scores += torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -torch.inf)[
-        :, None, None
-    ]
-    if windowed:
-        out = torch.einsum("bgrlw,bgwv->bgrlv", scores.softmax(-1), recent.value)
-        return out.flatten(1, 2)
-
-    slots = torch.einsum("bgrlk,gsk->bgrls", content, codes)
-    stranger = (own != cache.document[:, None])[:, None, None, :, None]
-    log_count = cache.value_count.log()[:, :, None, None]
-    slots = slots + log_count.masked_fill(stranger, -torch.inf)
-    weights = torch.cat([scores, slots], -1).softmax(-1)
-    of_recent, of_slots = weights.split([n_recent, slots.shape[-1]], -1)
-    mean = cache.value_sum / cache.value_count.clamp(min=1)[..., None]
-    out = torch.einsum("bgrlw,bgwv->bgrlv", of_recent, recent.value)
-    out = out + torch.einsum("bgrls,bgsv->bgrlv", of_slots, mean)
-    return out.flatten(1, 2)
-
-
-def _visible(own: Tensor, recent: Tensor, windowed: bool) -> Bool[Tensor, "B L W"]:
-    """Which of the W recent keys each of the L queries may see; the queries are the last keys."""
-    n_query, n_recent = own.shape[1], recent.shape[1]
-    window = n_recent - n_query
-    column = torch.arange(n_recent, device=own.device)
-    row = torch.arange(n_query, device=own.device)[:, None]
-    allowed = column <= row + window
-    if windowed:
-        allowed = allowed & (column >= row)
-    return allowed & (own[:, :, None] == recent[:, None, :])
-
-
-def _file(cache: _Cache, joined: _Recent, n_new: int, n_real: Tensor | None) -> _Cache:
-    """Files the keys that leave the window as ``n_new`` tokens come in, ``n_real`` of them real.
-
-    The slots hold one document only, that of the newest key that has left.
-    """
-    n_code = cache.value_count.shape[-1]
-    if n_code == 0:
-        return cache
-    code, _, value, document = joined.split(n_new)[0]
-    if n_real is None:
-        newest, leaves = document[:, -1], torch.ones_like(document, dtype=torch.bool)
-    else:
-        newest = document.gather(1, (n_real - 1).clamp(min=0)[:, None])[:, 0]
-        newest = torch.where(n_real > 0, newest, cache.document)
-        leaves = torch.arange(n_new, device=code.device) < n_real[:, None]
-    kept = (document == newest[:, None]) & (newest >= 0)[:, None] & leaves
-    weight = kept[:, None, :].to(value.dtype).expand_as(code)
-    same = (cache.document == newest)[:, None, None]
-    count = (cache.value_count * same).scatter_add(2, code, weight)
-    total = cache.value_sum * same[..., None]
-    total = total + sum_by_code(value * weight[..., None], code, n_code)
-    return _Cache(total, count, torch.where(newest >= 0, newest, cache.document))
+    # Slots of a document that has ended since they were filed are of no more use.
+    same = schedule.slots_document[:, -1] == segments.newest_document(batch, n_token, code.device)
+    same = same[:, None, None]
+    after = VQState(
+        newest(state.code, keys.code), newest(state.key, key), newest(state.value, value),
+        sums[..., :-1] * same[..., None], sums[..., -1] * same,
+        segments.advance(state.length, n_token),
+    )  # fmt: skip
+    if not cache_grad:
+        after = VQState(*(field.detach() for field in after))
+    return out, after
 
 
 class VQAttention(nn.Module):

@@ -1,0 +1,494 @@
+"""VQ-attention block by block, its backward pass written out: O(T d) memory, no softmax kept.
+
+What is computed is in ``vq``; this is how.  The slots hold *sums* of values and counts, so a
+query's output is one quotient of plain sums over recent keys j and codes s:
+
+    o = (sum_j P_j v_j + sum_s P_s sum_v_s) / (sum_j P_j + sum_s P_s n_s) ,   P = exp(score)
+
+and neither log(count) nor a mean is needed.  Nor is a maximum: normalised queries and keys bound a
+score, and where the bound (which the learned biases can lift) leaves the range of the number
+format, the largest score of a query is subtracted after all.
+
+Forward keeps q, v, codes, o, the denominators, and the slots at every ~sqrt(N)-th of the N blocks.
+Backward takes the blocks in reverse, computes their scores and slots again, and uses
+
+    g = do / den ,  e = -(do . o) / den ,  dP = g v^T + e ,  dscore = P dP .
+
+Codes are constants, so a slot's score gives its gradient to the query alone.  A value's gradient
+through the slots is what their sums' gradient has grown to when the walk comes to where it was
+filed.  Score matrices live in buffers of one block, used again for every block.
+
+Axes: as in ``vq``; W recent keys of a block, N blocks.  [BG, RL, .] are the R L queries of a block
+that share a key-value head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vqlm.codebook import look_up
+from vqlm.segments import Segments
+
+
+class Block(NamedTuple):
+    """What one block of queries sees and files, as the host needs to know it."""
+
+    begin: int
+    """First token of the block in the call."""
+    end: int
+    """One past its last token."""
+    first: int
+    """First recent key, in joined order [M memory slots, T tokens]; those before it are empty."""
+    masks_recent: bool
+    """Whether some key is hidden from some later query: another document, an empty slot."""
+    sees_slots: bool
+    """Whether anything may have been filed before this block."""
+    masks_slots: bool
+    """Whether the slots are hidden from some query: they are of another document."""
+    files: bool
+    """Whether a key leaves the window for the slots when the block is done."""
+    files_all: bool
+    """Whether all that leave do so: no padding, no empty slot, no document that has ended."""
+    resets: bool
+    """Whether in some row the slots begin anew, for another document."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Integer bookkeeping of one call, of all its blocks at once; no gradient passes through it."""
+
+    window: int
+    code: Int[Tensor, "B G joined"]
+    """Codes of [M memory slots, T tokens]."""
+    document: Int[Tensor, "B joined"]
+    """Document of the call that each belongs to, 0 being the state's; -1: an empty slot."""
+    kept: Bool[Tensor, "B T"]
+    """Whether the key is filed when it leaves the window: real, and of the slots' new document."""
+    slots_document: Int[Tensor, "B boundaries"]
+    """Document that the slots hold before each block, and after the last: N + 1 of them."""
+    with_slots: bool
+    """Whether there is a cache."""
+    blocks: tuple[Block, ...]
+
+    @classmethod
+    def of(
+        cls,
+        code: Int[Tensor, "B G joined"],
+        length: Int[Tensor, " B"],
+        segments: Segments,
+        *,
+        window: int,
+        block: int,
+        with_slots: bool,
+        warm: bool,
+    ) -> Schedule:
+        """``length``: tokens of the state's document; ``warm``: whether its slots hold any."""
+        batch, _, n_joined = code.shape
+        n_token = n_joined - window
+        age = torch.arange(window, 0, -1, device=code.device)
+        memory = (age <= length[:, None]).long() - 1
+        called = segments.documents(batch, n_token, code.device)
+        document = torch.cat([memory, called], 1)
+        real = (
+            segments.lengths if segments.lengths is not None else torch.full_like(length, n_token)
+        )
+
+        begins = torch.arange(0, n_token, block, device=code.device)
+        n_leaving = (real[:, None] - begins).clamp(max=block).clamp(max=n_token - begins)
+        newest = document.gather(1, (begins + n_leaving - 1).clamp(min=0))
+        newest = torch.where(n_leaving > 0, newest, -1)
+        # Documents are numbered in order, so the last one that left is the largest number so far.
+        slots_document = F.pad(newest.cummax(1).values.clamp(min=0), (1, 0))
+        position = torch.arange(n_token, device=code.device)
+        left = document[:, :n_token]
+        after = slots_document[:, 1:].repeat_interleave(block, 1)[:, :n_token]
+        kept = (position < real[:, None]) & (left >= 0) & (left == after) & with_slots
+        blocks = _blocks(document, kept, slots_document, window, block, warm)
+        return cls(window, code, document, kept, slots_document, with_slots, blocks)
+
+    def recent_mask(self, block: Block) -> Bool[Tensor, "B 1 L W"]:
+        """True where query and recent key are of one document."""
+        own = self.document[:, self.window + block.begin : self.window + block.end]
+        keys = self.document[:, block.first : self.window + block.end]
+        return (own[:, :, None] == keys[:, None, :])[:, None]
+
+    def slots_mask(self, index: int) -> Bool[Tensor, "B 1 L 1"]:
+        """True for the queries of block ``index`` that are of the document in the slots."""
+        block = self.blocks[index]
+        own = self.document[:, self.window + block.begin : self.window + block.end]
+        return (own == self.slots_document[:, index, None])[:, None, :, None]
+
+    def same_document(self, index: int) -> Bool[Tensor, " B"]:
+        """True where the slots keep what they hold as block ``index`` files its keys."""
+        return self.slots_document[:, index] == self.slots_document[:, index + 1]
+
+
+def _blocks(
+    document: Tensor, kept: Tensor, slots_document: Tensor, window: int, block: int, warm: bool
+) -> tuple[Block, ...]:
+    n_token = document.shape[1] - window
+    begins = list(range(0, n_token, block))
+    ends = [min(begin + block, n_token) for begin in begins]
+    n_empty = int((document[:, :window] < 0).sum(1).min())
+    firsts = [max(begin, n_empty) for begin in begins]
+    # Along a row documents only go up, so a stretch is of one document if its ends are.
+    first, last = (
+        document[:, torch.tensor(x, device=document.device)]
+        for x in (firsts, [window + end - 1 for end in ends])
+    )
+    masks_recent = (first != last).any(0).tolist()
+    own = document[:, torch.tensor([window + begin for begin in begins], device=document.device)]
+    before = slots_document[:, :-1]
+    masks_slots = ((own != before) | (last != before)).any(0).tolist()
+    resets = (before != slots_document[:, 1:]).any(0).tolist()
+    padded = F.pad(kept, (0, len(begins) * block - n_token)).unflatten(1, (-1, block))
+    n_kept = padded.sum(2)
+    files = (n_kept > 0).any(0).tolist()
+    lengths = torch.tensor(ends, device=kept.device) - torch.tensor(begins, device=kept.device)
+    files_all = (n_kept == lengths).all(0).tolist()
+    blocks = []
+    for i in range(len(begins)):
+        blocks.append(
+            Block(
+                begins[i], ends[i], firsts[i], masks_recent[i], warm, masks_slots[i],
+                files[i], files_all[i], resets[i],
+            )
+        )  # fmt: skip
+        warm = warm or files[i]
+    return tuple(blocks)
+
+
+class Tensors(NamedTuple):
+    """What a call is given, in the order in which ``attend`` gives gradients."""
+
+    query: Float[Tensor, "B H T K"]
+    key: Float[Tensor, "B G T K"]
+    """Quantized keys.  Only their gradient is used: their values are looked up by code."""
+    value: Float[Tensor, "B G T V"]
+    content: Float[Tensor, "H K"]
+    position: Float[Tensor, "H K"]
+    rows: Float[Tensor, "H distances K"]
+    memory_key: Float[Tensor, "B G M K"]
+    memory_value: Float[Tensor, "B G M V"]
+    sums: Float[Tensor, "B G S VN"]
+    """Sums of values of the slots, and the counts in one more column."""
+    codes: Float[Tensor, "G S K"]
+    """A constant."""
+
+
+class _Call:
+    """One call's tensors as the products want them, and what forward and backward share."""
+
+    def __init__(self, x: Tensors, schedule: Schedule) -> None:
+        self.x, self.schedule = x, schedule
+        self.batch, self.heads, self.n_token, width = x.query.shape
+        self.groups, self.n_code, _ = x.codes.shape
+        self.share = self.heads // self.groups
+        self.window = schedule.window
+        self.codes = x.codes.expand(self.batch, -1, -1, -1).reshape(-1, self.n_code, width)
+        # Row m of these is for distance M - m, in the order of the columns of a query.
+        rows = x.rows.flip(1).expand(self.batch, -1, -1, -1)
+        self.rows = rows.reshape(self.batch * self.heads, self.window + 1, width)
+        limit = math.log(torch.finfo(x.query.dtype).max)
+        self.shifts = 2 * self._largest_score() > limit
+        self._buffers: dict[str, Tensor] = {}
+
+    def _largest_score(self) -> float:
+        """An upper bound of every score of the call."""
+        x = self.x
+
+        def longest(*tensors: Tensor) -> Tensor:
+            return torch.stack([t.norm(dim=-1).max() for t in tensors if t.numel()]).max()
+
+        query = longest(x.query)
+        content = (query + longest(x.content)) * longest(x.codes, x.memory_key)
+        return (content + (query + longest(x.position)) * longest(x.rows)).item()
+
+    def buffer(self, name: str, *shape: int) -> Tensor:
+        """Memory for a tensor of ``shape``, the same whenever it is asked for by this name."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = self.x.query.new_empty(size)
+        return self._buffers[name][:size].view(shape)
+
+    def queries(self, block: Block, bias: Tensor) -> Tensor:
+        """Queries of the block with a bias of each head: [BH, L, K]."""
+        part = self.x.query[:, :, block.begin : block.end] + bias[:, None]
+        return part.reshape(self.batch * self.heads, -1, part.shape[-1])
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """[BH, L, .] as [BG, RL, .]."""
+        return x.view(self.batch * self.groups, -1, x.shape[-1])
+
+    def keys(self, block: Block) -> Tensor:
+        """Quantized recent keys: [BG, W, K]."""
+        first, n_memory = block.first, max(0, self.window - block.first)
+        code = self.schedule.code[:, :, first + n_memory : self.window + block.end]
+        keys = look_up(self.x.codes, code)
+        if n_memory:
+            keys = torch.cat([self.x.memory_key[:, :, first:], keys], 2)
+        return keys.flatten(0, 1)
+
+    def values(self, first: int, end: int) -> Tensor:
+        """Values from ``first`` to ``end`` of the joined order: [BG, ., V]."""
+        window, x = self.window, self.x
+        values = x.value[:, :, max(first - window, 0) : max(end - window, 0)]
+        if first < window:
+            values = torch.cat([x.memory_value[:, :, first:end], values], 2)
+        return values.flatten(0, 1)
+
+    def weights(
+        self, index: int, content: Tensor, position: Tensor, keys: Tensor, sums: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """exp(score) of recent keys [BG, RL, W] and of slots [BG, RL, S], 0 where hidden."""
+        block = self.schedule.blocks[index]
+        recent = self.position_scores(block, position)
+        recent = self.by_group(recent).baddbmm_(self.by_group(content), keys.mT)
+        slots = None
+        if block.sees_slots:
+            slots = self.buffer("slots", *recent.shape[:2], self.n_code)
+            torch.bmm(self.by_group(content), self.codes.mT, out=slots)
+        if self.shifts:
+            self._subtract_largest(index, recent, slots, sums)
+        recent.exp_()
+        self._hide(block, self._by_query(recent))
+        if slots is not None:
+            slots.exp_()
+            if block.masks_slots:
+                self._by_query(slots).mul_(self.schedule.slots_mask(index))
+        return recent, slots
+
+    def position_scores(self, block: Block, position: Tensor) -> Tensor:
+        """[BH, L, W]: query i meets the row for the distance of each key, M + i - c for column c;
+        0 beyond the window."""
+        n_query, empty = block.end - block.begin, block.first - block.begin
+        width = self.window + n_query
+        scores = self.buffer("recent", self.batch * self.heads, n_query, width).zero_()
+        self._band(scores).copy_(torch.bmm(position, self.rows.mT))
+        return scores[..., empty:].contiguous() if empty else scores
+
+    def _band(self, scores: Tensor) -> Tensor:
+        """View [BH, L, M + 1] of scores [BH, L, M + L]: of row i the columns from i to i + M."""
+        n_row, n_query, width = scores.shape
+        return scores.as_strided((n_row, n_query, self.window + 1), (n_query * width, width + 1, 1))
+
+    def d_position_scores(self, block: Block, d_recent: Tensor) -> Tensor:
+        """Gradient [BH, L, M + 1] of the products of queries and rows."""
+        empty = block.first - block.begin
+        d = d_recent.view(self.batch * self.heads, block.end - block.begin, -1)
+        return self._band(F.pad(d, (empty, 0)) if empty else d)
+
+    def _by_query(self, scores: Tensor) -> Tensor:
+        """[BG, RL, .] as [B, H, L, .]."""
+        return scores.view(self.batch, self.heads, -1, scores.shape[-1])
+
+    def _hide(self, block: Block, weights: Tensor) -> None:
+        """Puts 0 where a recent key may not be seen; ``weights`` is [B, H, L, W]."""
+        empty = block.first - block.begin
+        weights.tril_(self.window - empty)
+        if not self.schedule.with_slots:
+            weights.triu_(-empty)
+        if block.masks_recent:
+            weights.mul_(self.schedule.recent_mask(block))
+
+    def _subtract_largest(
+        self, index: int, recent: Tensor, slots: Tensor | None, sums: Tensor
+    ) -> None:
+        """Subtracts from each query's scores the largest of those that it may see."""
+        block = self.schedule.blocks[index]
+        visible = torch.ones_like(recent)
+        self._hide(block, self._by_query(visible))
+        recent.masked_fill_(visible == 0, -torch.inf)
+        largest = recent.amax(-1, keepdim=True)
+        if slots is not None:
+            slots.masked_fill_(sums[:, None, :, -1] == 0, -torch.inf)
+            if block.masks_slots:
+                mask = self.schedule.slots_mask(index)
+                self._by_query(slots).masked_fill_(~mask, -torch.inf)
+            largest = torch.maximum(largest, slots.amax(-1, keepdim=True))
+            slots.sub_(largest)
+        recent.sub_(largest)
+
+    def file_(self, index: int, sums: Tensor) -> None:
+        """Adds to ``sums`` [BG, S, V + 1], in place, what leaves the window after the block."""
+        block = self.schedule.blocks[index]
+        if block.resets:
+            sums.view(self.batch, -1).mul_(self.schedule.same_document(index)[:, None])
+        if block.files:
+            values = F.pad(self.values(block.begin, block.end), (0, 1), value=1.0)
+            values = self._keep(block, values)
+            sums.flatten(0, 1).index_add_(0, self._slot_index(block), values.flatten(0, 1))
+
+    def d_file_(self, index: int, d_sums: Tensor, d_values: Tensor) -> None:
+        """Backward of ``file_``: adds to ``d_values`` [BG, joined, V], takes ``d_sums`` back."""
+        block = self.schedule.blocks[index]
+        if block.files:
+            d = d_sums.flatten(0, 1).index_select(0, self._slot_index(block))
+            d = self._keep(block, d.view(len(d_values), -1, d.shape[-1]))
+            d_values[:, block.begin : block.end] += d
+        if block.resets:
+            d_sums.view(self.batch, -1).mul_(self.schedule.same_document(index)[:, None])
+
+    def _keep(self, block: Block, x: Tensor) -> Tensor:
+        """``x`` [BG, L, .] with 0 at what is not filed."""
+        if block.files_all:
+            return x
+        kept = self.schedule.kept[:, block.begin : block.end, None]
+        return (x.unflatten(0, (self.batch, -1)) * kept[:, None]).flatten(0, 1)
+
+    def _slot_index(self, block: Block) -> Tensor:
+        code = self.schedule.code[:, :, block.begin : block.end].flatten(0, 1)
+        row = torch.arange(len(code), device=code.device)[:, None] * self.n_code
+        return (code + row).flatten()
+
+
+class _Attend(torch.autograd.Function):
+    """See the top of this file."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, schedule: Schedule, keep: bool, cache_grad: bool, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = Tensors(*tensors)
+        call = _Call(x, schedule)
+        width = x.value.shape[-1]
+        # Laid out as [B, T, H, V], so that joining the heads afterwards costs nothing.
+        out = x.query.new_empty(call.batch, call.n_token, call.heads, width).transpose(1, 2)
+        normaliser = x.query.new_empty(call.batch, call.heads, call.n_token, 1)
+        sums = x.sums.flatten(0, 1).clone()
+        every, kept = math.isqrt(len(schedule.blocks)), []
+        for index, block in enumerate(schedule.blocks):
+            if keep and index and index % every == 0:
+                kept.append(sums.clone())
+            content, position = (call.queries(block, b) for b in (x.content, x.position))
+            recent, slots = call.weights(index, content, position, call.keys(block), sums)
+            total = torch.bmm(recent, call.values(block.first, call.window + block.end))
+            norm = recent.sum(-1, keepdim=True)
+            if slots is not None:
+                of_slots = torch.bmm(slots, sums)
+                total += of_slots[..., :-1]
+                norm += of_slots[..., -1:]
+            shape = (call.batch, call.heads, -1, width)
+            out[:, :, block.begin : block.end] = (total / norm).view(shape)
+            normaliser[:, :, block.begin : block.end] = norm.view(*shape[:3], 1)
+            call.file_(index, sums)
+        if keep:
+            ctx.save_for_backward(*x._replace(key=x.key.new_empty(0)), out, normaliser, *kept)
+            ctx.schedule, ctx.every, ctx.cache_grad = schedule, every, cache_grad
+        return out, sums.view_as(x.sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_sums: Tensor) -> tuple[Tensor | None, ...]:
+        n, saved = len(Tensors._fields), ctx.saved_tensors
+        x, (out, normaliser, *kept) = Tensors(*saved[:n]), saved[n:]
+        call = _Call(x, ctx.schedule)
+        grads = _Gradients(call, d_sums, ctx.cache_grad)
+        starts = [x.sums.flatten(0, 1), *kept]
+        n_block = len(ctx.schedule.blocks)
+        for segment in reversed(range(len(starts))):
+            begin, end = segment * ctx.every, min((segment + 1) * ctx.every, n_block)
+            sums = [starts[segment]]
+            for index in range(begin, end - 1):
+                sums.append(sums[-1].clone())
+                call.file_(index, sums[-1])
+            for index in reversed(range(begin, end)):
+                grads.add_block(index, sums.pop(), d_out, out, normaliser)
+        return None, None, None, *grads.result()
+
+
+class _Gradients:
+    """Gradients of all tensors of a call, grown block by block from the last to the first."""
+
+    def __init__(self, call: _Call, d_sums: Tensor, cache_grad: bool) -> None:
+        self.call, self.cache_grad = call, cache_grad
+        x, groups, joined = call.x, call.batch * call.groups, call.window + call.n_token
+        self.query = torch.empty_like(x.query)
+        self.key = x.query.new_zeros(groups, joined, x.query.shape[-1])
+        self.value = x.value.new_zeros(groups, joined, x.value.shape[-1])
+        self.content, self.position = (torch.zeros_like(b) for b in (x.content, x.position))
+        self.rows = torch.zeros_like(call.rows)
+        self.sums = d_sums[..., :-1].flatten(0, 1).clone()
+
+    def add_block(
+        self, index: int, sums: Tensor, d_out: Tensor, out: Tensor, normaliser: Tensor
+    ) -> None:
+        """Adds what block ``index`` gives; ``sums`` are the slots that it read."""
+        call, x = self.call, self.call.x
+        block = call.schedule.blocks[index]
+        cut = slice(block.begin, block.end)
+        if self.cache_grad:
+            call.d_file_(index, self.sums, self.value)
+        content, position = (call.queries(block, b) for b in (x.content, x.position))
+        keys = call.keys(block)
+        values = call.values(block.first, call.window + block.end)
+        recent, slots = call.weights(index, content, position, keys, sums)
+        norm = normaliser[:, :, cut]
+        g = (d_out[:, :, cut] / norm).reshape(*recent.shape[:2], -1)
+        e = (d_out[:, :, cut] * out[:, :, cut]).sum(-1, keepdim=True).div_(norm).neg_()
+        e = e.reshape(*recent.shape[:2], 1)
+
+        d_recent = call.buffer("d_recent", *recent.shape)
+        torch.bmm(g, values.mT, out=d_recent).add_(e).mul_(recent)
+        d_content = torch.bmm(d_recent, keys)
+        self._add_recent(block, d_recent, recent, call.by_group(content), g)
+        if slots is not None:
+            if self.cache_grad:
+                self.sums.baddbmm_(slots.mT, g)
+            d_slots = call.buffer("d_slots", *slots.shape)
+            torch.bmm(torch.cat([g, e], -1), sums.mT, out=d_slots).mul_(slots)
+            d_content.baddbmm_(d_slots, call.codes)
+        self._add_queries(block, d_content, call.d_position_scores(block, d_recent), position)
+
+    def _add_recent(
+        self, block: Block, d_scores: Tensor, weights: Tensor, content: Tensor, g: Tensor
+    ) -> None:
+        end = self.call.window + block.end
+        first = block.first if self.cache_grad else self.call.window + block.begin
+        columns = slice(first - block.first, None)
+        self.key[:, first:end] += torch.bmm(d_scores[..., columns].mT, content)
+        self.value[:, first:end] += torch.bmm(weights[..., columns].mT, g)
+
+    def _add_queries(
+        self, block: Block, d_content: Tensor, d_scores: Tensor, position: Tensor
+    ) -> None:
+        call = self.call
+        shape = (call.batch, call.heads, block.end - block.begin, -1)
+        d_content = d_content.view(shape)
+        d_position = torch.bmm(d_scores, call.rows).view(shape)
+        self.rows.baddbmm_(d_scores.mT, position)
+        torch.add(d_content, d_position, out=self.query[:, :, block.begin : block.end])
+        self.content += d_content.sum((0, 2))
+        self.position += d_position.sum((0, 2))
+
+    def result(self) -> tuple[Tensor | None, ...]:
+        """One for each field of ``Tensors``."""
+        call, window = self.call, self.call.window
+        key, value = (x.unflatten(0, (call.batch, -1)) for x in (self.key, self.value))
+        rows = self.rows.unflatten(0, (call.batch, -1)).sum(0).flip(1)
+        sums = F.pad(self.sums.unflatten(0, (call.batch, -1)), (0, 1))
+        return Tensors(
+            self.query, key[:, :, window:], value[:, :, window:], self.content, self.position,
+            rows, key[:, :, :window], value[:, :, :window], sums, None,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def attend(
+    x: Tensors, schedule: Schedule, cache_grad: bool
+) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B G S VN"]]:
+    """Outputs of all queries, and the slots after the call (``Tensors.sums``).
+
+    Without ``cache_grad`` keys and values get gradients from queries of their own block alone.
+    """
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in x)
+    with torch.autocast(x.query.device.type, enabled=False):
+        out, sums = _Attend.apply(schedule, keep, cache_grad, *x)
+    return out, sums
