@@ -14,6 +14,8 @@ from vqlm.figures import (
     Chart,
     Style,
     Table,
+    binary,
+    ink_on,
     labelled,
     legend,
     ordered_colours,
@@ -48,7 +50,7 @@ def loss(runs: Sequence[Run]) -> Chart | None:
             )  # fmt: skip
         _token_axis(axes, "tokens trained on")
         axes.set_ylabel("bits per byte")
-        legend(figure, axes, style)
+        legend(figure, style)
 
     rows, words = [], []
     for run in shown:
@@ -82,7 +84,7 @@ def throughput(runs: Sequence[Run]) -> Chart | None:
         axes.yaxis.set_major_formatter(short)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("tokens per second")
-        legend(figure, axes, style)
+        legend(figure, style)
 
     rows, words = [], []
     for run in shown:
@@ -127,18 +129,15 @@ def _by_layer(
 
     def draw(figure: Any, style: Style) -> None:
         all_axes = panels(figure, style, [panel(run) for run in shown])
-        most = max(shown, key=lambda run: len(run.layers_with(name)))
+        texts, colours = _layer_looks(shown, style)
         for run, axes in zip(shown, all_axes, strict=True):
-            layers = run.layers_with(name)
-            texts = labelled([f"layer {layer + 1}" for layer in layers])
-            colours = ordered_colours(style, len(layers))
-            for layer, text, colour in zip(layers, texts, colours, strict=True):
+            for layer in run.layers_with(name):
                 x, y = thin(*run.series(f"{name}/layer{layer}"))
-                axes.plot(x, scale * y, color=colour, label=text)
+                axes.plot(x, scale * y, color=colours[layer], label=texts[layer])
             _token_axis(axes, "tokens trained on")
             axes.set_ylim(bottom=0)
             axes.set_ylabel(unit)
-        legend(figure, all_axes[shown.index(most)], style)
+        legend(figure, style)
 
     rows, words = [], []
     for run in shown:
@@ -174,9 +173,7 @@ def heads(runs: Sequence[Run]) -> Chart | None:
             axes.set_ylabel("layer")
             if grid.size <= 64:
                 for (row, column), value in np.ndenumerate(grid):
-                    red, green, blue, _ = image.cmap(image.norm(value))
-                    is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-                    ink = "#000000" if is_light else "#ffffff"
+                    ink = ink_on(image.cmap(image.norm(value)))
                     axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink)
             figure.colorbar(image, ax=axes, label="codes in use (%)").outline.set_visible(False)
 
@@ -226,10 +223,12 @@ def position(runs: Sequence[Run]) -> Chart | None:
                 color=style.colour(i), marker=MARKERS[i % 5], markersize=4.5, label=run.label,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(short)
+        longest = max(run.position.length for run in shown if run.position is not None)
+        ticks = [n for n in (8, 32, 128, 512, 2048) if n <= longest]
+        axes.set_xticks(ticks, [binary(n) for n in ticks])
         axes.set_xlabel("tokens read before (middle of bin)")
         axes.set_ylabel("bits per token")
-        legend(figure, axes, style)
+        legend(figure, style)
 
     rows, words = [], []
     for run in shown:
@@ -271,7 +270,7 @@ def mass(runs: Sequence[Run]) -> Chart | None:
             axes.set_ylim(0, 100)
             axes.set_xlabel("layer and mixer")
             axes.set_ylabel("attention (%)")
-        legend(figure, all_axes[0], style)
+        legend(figure, style)
 
     rows, words = [], []
     for run in shown:
@@ -300,16 +299,16 @@ def growth(runs: Sequence[Run]) -> Chart | None:
 
     def draw(figure: Any, style: Style) -> None:
         all_axes = panels(figure, style, [run.label for run in shown])
+        texts, colours = _layer_looks(shown, style)
         for run, axes in zip(shown, all_axes, strict=True):
-            layers = [(i, g) for i, g in enumerate(run.growth) if g is not None]
-            texts = labelled([f"layer {i + 1}" for i, _ in layers])
-            colours = ordered_colours(style, len(layers))
-            for (_, found), text, colour in zip(layers, texts, colours, strict=True):
-                axes.plot(found.n_token, 100 * found.share, color=colour, label=text)
+            for layer, found in enumerate(run.growth):
+                if found is not None:
+                    share = 100 * found.share
+                    axes.plot(found.n_token, share, color=colours[layer], label=texts[layer])
             _token_axis(axes, "tokens read")
             axes.set_ylim(0, 105)
             axes.set_ylabel("in use (%)")
-        legend(figure, all_axes[0], style)
+        legend(figure, style)
 
     rows, words = [], []
     for run in shown:
@@ -326,12 +325,19 @@ def growth(runs: Sequence[Run]) -> Chart | None:
         words.append(f"{run.label}: {', '.join(last)}")
     head = ("run", "layer", "memory", "size", "tokens read", "in use (%)")
     return Chart(
-        "growth", "Memory as it fills", "Slots of the cache (VQ) or entries of the dictionary (OVQ) "
-        "in use while one text is read, in percent of all, mean over heads. Their number never "
-        "grows beyond 100%: that is the constant state.",
+        "growth", "Memory as it fills", "Slots of the cache (VQ) or entries of the dictionary "
+        "(OVQ) in use while one text is read, in percent of all, mean over heads. Their number "
+        "never grows beyond 100%: that is the constant state.",
         f"Line chart of memory in use against tokens read. At the end {'; '.join(words)}.",
         Table(head, tuple(rows)), draw, len(shown),
     )  # fmt: skip
+
+
+def _layer_looks(runs: Sequence[Run], style: Style) -> tuple[list[str | None], list[Any]]:
+    """Labels and colours of layers 0, 1, ... of the deepest of the runs; the same in all."""
+    deepest = max(run.model.n_layer for run in runs)
+    names = labelled([f"layer {layer + 1}" for layer in range(deepest)])
+    return names, ordered_colours(style, deepest)
 
 
 def _token_axis(axes: Any, label: str) -> None:

@@ -32,17 +32,25 @@ class Style:
     """Of runs, told apart with any colour vision."""
     scale: str
     """Name of matplotlib's colour map for ordered things, such as layers."""
+    scale_from: float
+    """Where on it lines begin, in [0, 1]."""
 
     def colour(self, index: int) -> str:
         """Colour of run or part number ``index``; they repeat after the last."""
         return self.colours[index % len(self.colours)]
 
 
-_LIGHT = ("#ffffff", "#1f2328", "#d9dde2", ("#0b62a8", "#b8480a", "#0b6e4f", "#8d3a86", "#6b5900"))
-_DARK = ("#14181d", "#e6e9ec", "#3a424b", ("#5cb3ff", "#ff9e5e", "#4fd6a5", "#e59be0", "#e0cc5a"))
+_LIGHT = (
+    "#ffffff", "#1f2328", "#d9dde2", ("#0b62a8", "#b8480a", "#0b6e4f", "#8d3a86", "#6b5900"),
+    "viridis_r", 0.22,
+)  # fmt: skip
+_DARK = (
+    "#14181d", "#e6e9ec", "#3a424b", ("#5cb3ff", "#ff9e5e", "#4fd6a5", "#e59be0", "#e0cc5a"),
+    "viridis", 0.42,
+)  # fmt: skip
 STYLES = {
-    (theme, width): Style(width == "narrow", *look, scale)
-    for theme, look, scale in (("light", _LIGHT, "viridis_r"), ("dark", _DARK, "viridis"))
+    (theme, width): Style(width == "narrow", *look)
+    for theme, look in (("light", _LIGHT), ("dark", _DARK))
     for width in ("wide", "narrow")
 }
 """By theme, "light" or "dark", and width, "wide" or "narrow"."""
@@ -102,9 +110,10 @@ class Chart:
         settings: Any = {
             "svg.hashsalt": "vqlm", "font.family": "DejaVu Sans", "font.size": 10,
             "figure.facecolor": style.paper, "axes.facecolor": style.paper,
-            "axes.edgecolor": style.faint, "axes.labelcolor": style.ink, "axes.titlecolor": style.ink,
-            "xtick.color": style.faint, "ytick.color": style.faint, "text.color": style.ink,
-            "xtick.labelcolor": style.ink, "ytick.labelcolor": style.ink, "grid.color": style.faint,
+            "axes.edgecolor": style.faint, "axes.labelcolor": style.ink,
+            "axes.titlecolor": style.ink, "text.color": style.ink, "grid.color": style.faint,
+            "xtick.color": style.faint, "ytick.color": style.faint,
+            "xtick.labelcolor": style.ink, "ytick.labelcolor": style.ink,
             "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
             "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
             "axes.titlesize": 10.5, "axes.titlelocation": "left", "ytick.major.size": 0,
@@ -135,16 +144,18 @@ def panels(figure: Any, style: Style, titles: Sequence[str], same_scale: bool = 
     return axes[: len(titles)]
 
 
-def legend(figure: Any, axes: Any, style: Style, title: str | None = None) -> None:
-    """A legend above the axes, where it can cover nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    if not handles:
+def legend(figure: Any, style: Style) -> None:
+    """A legend of all axes, above them, where it can cover nothing; each label once."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if not entries:
         return
-    longest = max(map(len, labels))
-    columns = max(1, min(len(labels), (34 if style.narrow else 80) // (longest + 6)))
+    columns = (40 if style.narrow else 80) // (max(map(len, entries)) + 6)
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=columns, title=title,
-        alignment="left", columnspacing=1.2,
+        entries.values(), entries.keys(), loc="outside upper left", alignment="left",
+        ncols=max(1, min(len(entries), columns)), columnspacing=1.2,
     )  # fmt: skip
 
 
@@ -152,8 +163,15 @@ def ordered_colours(style: Style, count: int) -> list[Any]:
     """``count`` colours of things in an order, such as layers."""
     from matplotlib import colormaps
 
-    # The ends of the map that come too near to the background are left out.
-    return list(colormaps[style.scale](np.linspace(0.22, 1.0, max(count, 2))))[:count]
+    # The end of the map that comes too near to the background is left out.
+    return list(colormaps[style.scale](np.linspace(style.scale_from, 1.0, max(count, 2))))[:count]
+
+
+def ink_on(colour: Sequence[float]) -> str:
+    """Black or white, whichever is read more easily on a colour (red, green, blue in [0, 1])."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if luminance > 0.179 else "#ffffff"
 
 
 def labelled(labels: Sequence[str], most: int = 6) -> list[str | None]:
@@ -168,6 +186,11 @@ def short(value: float, _: object = None) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def binary(n: int) -> str:
+    """A power of two as people write it: 512, 2k."""
+    return f"{n // 1024}k" if n >= 1024 else str(n)
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = 300) -> tuple[np.ndarray, np.ndarray]:

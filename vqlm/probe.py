@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vqlm import ovq, softmax, vq
 from vqlm.data import Split
-from vqlm.model import LM
+from vqlm.model import LM, Layer
 from vqlm.segments import Segments
 from vqlm.vocabulary import END
 
@@ -62,7 +62,7 @@ class Growth(NamedTuple):
     n_token: Int[np.ndarray, " n"]
     """Tokens read."""
     share: Float[np.ndarray, " n"]
-    """Slots of the cache or entries of the dictionary in use, as a share of all; mean over heads."""
+    """Share of the cache's slots, or the dictionary's entries, in use; mean over heads."""
 
 
 @torch.no_grad()
@@ -133,18 +133,22 @@ def attention_mass(model: LM, tokens: Int[Tensor, "1 T"]) -> list[Mass]:
     found = []
     for layer, x in enumerate(_inputs_of_mixers(model, tokens)):
         mixer = config.mixer_of(layer)
-        weights = attention_weights(model.layers[layer].mixer, x)  # type: ignore[union-attr, arg-type]
+        weights = attention_weights(_mixers(model)[layer], x)
         near = (weights * (in_chunk if mixer == "ovq" else by_distance)).sum(-1)
         found.append(Mass(mixer, near[:, reach:].mean(-1).cpu()))
     return found
+
+
+def _mixers(model: LM) -> list[nn.Module]:
+    return [layer.mixer for layer in model.layers if isinstance(layer, Layer)]
 
 
 def _inputs_of_mixers(model: LM, tokens: Tensor) -> list[Tensor]:
     """What each layer's mixer receives, [1, T, D], when the model reads ``tokens``."""
     inputs: list[Tensor] = []
     hooks = [
-        layer.mixer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))  # type: ignore[union-attr]
-        for layer in model.layers
+        mixer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        for mixer in _mixers(model)
     ]
     was_training = model.training
     model.eval()  # dropout would show another model
@@ -213,7 +217,8 @@ def memory_growth(model: LM, tokens: Int[Tensor, "1 T"], seq_len: int = 64) -> l
 
     One entry a layer; None for mixers that have neither.
     """
-    state, shares, n_token = None, [], []
+    state, shares = None, []
+    n_token: list[int] = []
     was_training = model.training
     model.eval()
     try:

@@ -123,23 +123,25 @@ def _page(
 
 
 def _overview(runs: Sequence[Run]) -> Table:
-    head = (
-        "run", "mixers", "layers", "width", "parameters", "state of one text (MB)",
-        "tokens trained on", "minutes", "best validation (bits/byte)",
-    )  # fmt: skip
-    rows = []
+    """One row a fact and one column a run, which also fits a narrow screen."""
+    rows: dict[str, list[str]] = {}
     for run in runs:
         progress = run.facts.get("progress", {})
         best = run.series("validation/bits_per_byte", looks=True)[1]
-        size = f"{run.state_bytes / 1e6:.2f}"
-        rows.append((
-            run.label, ", ".join(run.model.mixers), str(run.model.n_layer), str(run.model.d_model),
-            f"{run.parameters:,}", "grows" if "softmax" in run.model.mixers else size,
-            f"{progress['tokens']:,}" if progress else "not known",
-            f"{progress['seconds'] / 60:.1f}" if progress else "not known",
-            f"{best.min():.3f}" if len(best) else "none",
-        ))  # fmt: skip
-    return Table(head, tuple(rows))
+        grows = "softmax" in run.model.mixers
+        size = "grows with the text" if grows else f"{run.state_bytes / 1e6:.2f} MB"
+        facts = {
+            "mixers": ", ".join(run.model.mixers),
+            "layers, width": f"{run.model.n_layer}, {run.model.d_model}",
+            "parameters": f"{run.parameters:,}",
+            "state of one text": size,
+            "tokens trained on": f"{progress['tokens']:,}" if progress else "not known",
+            "time of training": f"{progress['seconds'] / 60:.1f} min" if progress else "not known",
+            "best validation": f"{best.min():.3f} bits per byte" if len(best) else "none",
+        }
+        for name, value in facts.items():
+            rows.setdefault(name, []).append(value)
+    return Table(("", *(r.label for r in runs)), tuple((n, *v) for n, v in rows.items()))
 
 
 def _differences(runs: Sequence[Run]) -> Table | None:

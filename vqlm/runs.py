@@ -139,4 +139,6 @@ def labels(folders: Sequence[Path]) -> list[str]:
         names = ["/".join(p.parts[-n:]) for p in paths]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"the same run was given twice: {', '.join(map(str, folders))}; give each once")
+    raise ValueError(
+        f"the same run was given twice: {', '.join(map(str, folders))}; give each once"
+    )
