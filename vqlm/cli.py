@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from vqlm import __version__
 from vqlm import commands as do
@@ -89,7 +89,7 @@ def _explain(command: str, error: Exception) -> int:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, ImportError):
         text = f"needs {error.name}: pip install 'vqlm[{extra}]'"
-    print(f"vqlm {command}: {_red('error:', sys.stderr)} {text}", file=sys.stderr)
+    print(f"vqlm {command}: {_red('error:')} {text}", file=sys.stderr)
     return EXIT_DIVERGED if diverged else EXIT_USAGE
 
 
@@ -98,8 +98,10 @@ def _extra_of(error: ImportError) -> str | None:
     return next((extra for extra, modules in EXTRAS.items() if module in modules), None)
 
 
-def _red(text: str, stream: TextIO) -> str:
-    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not stream.isatty()
+def _red(text: str) -> str:
+    """For standard error, unless that is a pipe or colour is not wanted (no-color.org)."""
+    unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    plain = unwanted or not sys.stderr.isatty()
     return text if plain else f"\033[1;31m{text}\033[0m"
 
 
@@ -130,7 +132,7 @@ class _Parser(argparse.ArgumentParser):
         if "arguments are required" in message or "invalid choice" in message:
             message += f" (see {self.prog} --help)"
         self.print_usage(sys.stderr)
-        self.exit(EXIT_USAGE, f"{self.prog}: {_red('error:', sys.stderr)} {message}\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: {_red('error:')} {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:

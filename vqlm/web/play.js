@@ -70,11 +70,14 @@ async function sure() {
   keep(made);
 }
 
-function keep(told, speed = null) {
+// speed: tokens per second of writing, which the chart shows, or of reading, which only the number
+// shows: they are too far apart for one scale.
+function keep(told, speed = null, reading = false) {
   place = { position: told.position, state_bytes: told.state_bytes };
   at("position").textContent = place.position.toLocaleString("en");
   at("state").textContent = size(place.state_bytes);
-  if (speed !== null) {
+  if (speed !== null && reading) at("speed").textContent = speed.toFixed(0);
+  if (speed !== null && !reading) {
     // Smoothed: one slice is too short to be more than noise.
     const before = speeds.length ? speeds[speeds.length - 1][1] : speed;
     const smooth = before + 0.2 * (speed - before);
@@ -161,7 +164,7 @@ async function read(blob, shown) {
     const before = performance.now();
     const told = await (await ask("POST", path, part)).json();
     const seconds = Math.max((performance.now() - before) / 1000, 1e-6);
-    keep(told, (told.position - place.position) / seconds);
+    keep(told, (told.position - place.position) / seconds, true);
     at("progress").value = done / blob.size;
     if (shown) say(`Reading ${shown}: ${Math.round((100 * done) / blob.size)}%`);
   }

@@ -1,0 +1,165 @@
+"""The playground in a real Chromium, as its users meet it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from browser import SCREENS, audit, chromium, overflow, show_as
+from playground import Client, served, tiny_model
+
+TOKEN = "a-token-of-this-test"
+N_TOKEN = 5_000
+
+
+def wait(page: Any, ready: Callable[[], Any], seconds: float = 240) -> None:
+    """Until ``ready`` gives something true; the page's own words say what went wrong."""
+    ends = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < ends, page.find_element("tag name", "body").text
+        time.sleep(0.05)
+
+
+def text_of(page: Any, name: str) -> str:
+    return str(page.find_element("id", name).get_property("textContent"))
+
+
+def number(page: Any, name: str) -> int:
+    return int(text_of(page, name).replace(",", ""))
+
+
+def click(page: Any, name: str) -> None:
+    page.find_element("id", name).click()
+
+
+def set_value(page: Any, name: str, value: object) -> None:
+    field = page.find_element("id", name)
+    field.clear()
+    field.send_keys(str(value))
+
+
+@pytest.mark.timeout(900)
+def test_a_visit(tmp_path: Path) -> None:
+    """Load, stream 5,000 tokens with a stop on the way, continue, a 1 MB file, a second tab."""
+    model = tiny_model()
+    book = tmp_path / "book.txt"
+    book.write_bytes(b"state linear code vector window means query value. " * 20_000)
+    assert book.stat().st_size > 1_000_000
+    server = psutil.Process()
+    with served(model, token=TOKEN) as (playground, client), chromium() as page:
+        address = f"http://127.0.0.1:{client.port}/"
+        page.get(address + "#token=" + TOKEN)
+        wait(page, lambda: page.find_element("id", "tool").is_displayed())
+        assert page.current_url == address, "the token is to leave the address bar"
+        state = text_of(page, "state")
+
+        set_value(page, "n-token", N_TOKEN)
+        set_value(page, "prompt", "state linear ")
+        click(page, "write")
+        wait(page, lambda: number(page, "position") > 200)
+        memory = server.memory_info().rss
+        click(page, "stop")
+        wait(page, lambda: "Stopped after" in text_of(page, "status"))
+        stopped_at = number(page, "position")
+        assert 200 < stopped_at < N_TOKEN
+        time.sleep(0.5)
+        assert number(page, "position") == stopped_at
+
+        set_value(page, "n-token", N_TOKEN + 13 - stopped_at)
+        click(page, "write")
+        wait(page, lambda: "tokens written" in text_of(page, "status"))
+        assert number(page, "position") == N_TOKEN + 13
+        assert len(text_of(page, "output")) > N_TOKEN // 2
+
+        page.find_element("id", "file").send_keys(str(book))
+        wait(page, lambda: "tokens read in" in text_of(page, "status"))
+        assert number(page, "position") == N_TOKEN + 13 + book.stat().st_size
+        assert "[book.txt: 1,020,000 tokens read" in text_of(page, "output")
+
+        page.switch_to.new_window("tab")
+        page.get(address + "#token=" + TOKEN)
+        wait(page, lambda: page.find_element("id", "tool").is_displayed())
+        assert number(page, "position") == 0, "a tab is a text of its own"
+        set_value(page, "n-token", 50)
+        click(page, "write")
+        wait(page, lambda: "50 tokens written" in text_of(page, "status"))
+        assert len(playground.pool) == 2
+
+        page.switch_to.window(page.window_handles[0])
+        assert number(page, "position") == N_TOKEN + 13 + book.stat().st_size
+        assert text_of(page, "state") == state, "the state has the size that it had"
+        sizes = {s.state_bytes() for s in playground.pool._sessions.values()}
+        assert sizes == {model.state_bytes()}
+        assert server.memory_info().rss < 1.1 * memory
+        assert playground.pool.working == 0
+        assert [line for line in page.get_log("browser") if line["level"] == "SEVERE"] == []
+
+        refused = page.execute_async_script(
+            "const done = arguments[0], token = sessionStorage.getItem('token');"
+            "const ask = (token, body) => fetch('api/texts/x/read', {method: 'POST', body,"
+            " headers: {Authorization: 'Bearer ' + token}}).then((answer) => answer.status);"
+            "const name = fetch('api/texts', {method: 'POST', headers: {Authorization:"
+            " 'Bearer ' + token}}).then((answer) => answer.json());"
+            "name.then(({text}) => Promise.all([ask('wrong', 'x'), fetch(`api/texts/${text}/read`,"
+            " {method: 'POST', body: 'x'.repeat(300000), headers: {Authorization: 'Bearer '"
+            " + token}}).then((answer) => answer.status)])).then(done);"
+        )
+        assert refused == [401, 413]
+
+
+def test_a_wrong_token_is_told_and_the_right_one_opens() -> None:
+    with served(token=TOKEN) as (_, client), chromium() as page:
+        page.get(f"http://127.0.0.1:{client.port}/#token=wrong")
+        wait(page, lambda: page.find_element("id", "token-form").is_displayed())
+        assert "not the right one" in text_of(page, "facts")
+        assert not page.find_element("id", "tool").is_displayed()
+        assert audit(page) == []
+        page.find_element("id", "token").send_keys(TOKEN + "\n")
+        wait(page, lambda: page.find_element("id", "tool").is_displayed())
+
+
+def test_by_keyboard_alone_and_for_every_eye() -> None:
+    """Tab reaches everything in order, Ctrl+Enter writes; no finding on any screen or theme."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    with served() as (_, client), chromium() as page:
+        page.get(f"http://127.0.0.1:{client.port}/")
+        wait(page, lambda: page.find_element("id", "tool").is_displayed())
+        reached = []
+        for _ in range(9):
+            ActionChains(page).send_keys(Keys.TAB).perform()
+            reached.append(page.switch_to.active_element.get_attribute("id"))
+        assert reached == [
+            "output", "prompt", "write", "anew", "file", "n-token", "temperature", "top-p",
+            "may-end",
+        ]  # fmt: skip
+        page.find_element("id", "prompt").send_keys("linear ", Keys.CONTROL + Keys.ENTER)
+        wait(page, lambda: "500 tokens written" in text_of(page, "status"))
+        assert "tokens per second" in text_of(page, "speed-words")
+        for screen in SCREENS:
+            for theme in ("light", "dark"):
+                show_as(page, screen, theme)
+                assert audit(page) == []
+                assert overflow(page) == 0
+        # The audit sees what is wrong when something is.
+        page.execute_script("document.querySelector('label[for=prompt]').remove()")
+        assert any("label" in finding for finding in audit(page))
+
+
+def test_a_forgotten_text_is_told_and_the_next_one_works() -> None:
+    with served() as (playground, client), chromium() as page:
+        page.get(f"http://127.0.0.1:{client.port}/")
+        wait(page, lambda: page.find_element("id", "tool").is_displayed())
+        set_value(page, "n-token", 20)
+        click(page, "write")
+        wait(page, lambda: "20 tokens written" in text_of(page, "status"))
+        for name in list(playground.pool._sessions):
+            Client(client.port).ask("DELETE", f"/api/texts/{name}")
+        click(page, "write")
+        wait(page, lambda: "no longer remembered" in text_of(page, "status"))
+        click(page, "write")
+        wait(page, lambda: "20 tokens written" in text_of(page, "status"))
+        assert number(page, "position") == 20
