@@ -180,7 +180,7 @@ def labelled(labels: Sequence[str], most: int = 6) -> list[str | None]:
     return [label if i in shown else None for i, label in enumerate(labels)]
 
 
-def short(value: float, _: object = None) -> str:
+def short(value: float | int, _: object = None) -> str:
     """A number of tokens as people write it: 12, 3.4k, 5M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:

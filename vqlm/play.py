@@ -357,12 +357,14 @@ def serve(playground: Playground, host: str, port: int, announce: Callable[[str]
         OSError: the port is taken, say.
     """
     token = choose_token(host)
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"port {port}, but it must be 0 (a free one) to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except (socket.gaierror, OverflowError) as error:
-        raise ValueError(f"cannot listen on {host}, port {port} ({error})") from error
+    except (socket.gaierror, UnicodeError) as error:
+        raise ValueError(f"no such address: {host} ({error}); 127.0.0.1 is this machine") from error
     with socket.socket(family, kind) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

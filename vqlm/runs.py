@@ -100,9 +100,9 @@ def read_log(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]
     texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for number, text in enumerate(texts, start=1):
         try:
-            line = json.loads(text)
+            line = {name: float(value) for name, value in json.loads(text).items()}
             step = int(line["step"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == len(texts):
                 break
             raise ValueError(f"{path}: line {number} is damaged ({error!r}); remove it") from error

@@ -156,7 +156,8 @@ class Session:
         forbidden = torch.zeros(self._model.config.vocab_size, dtype=torch.bool)
         forbidden[never] = True
         stream = self._model.stream(
-            self._row(self._unread), wish.n_token, temperature=float(wish.temperature), top_p=float(wish.top_p),
+            self._row(self._unread), wish.n_token,
+            temperature=float(wish.temperature), top_p=float(wish.top_p),
             generator=generator, state=self._state, forbidden=forbidden.to(self._device()),
         )  # fmt: skip
         made: list[int] = []

@@ -14,6 +14,8 @@ let busy = false;
 let stopping = false;
 const speeds = []; // [position, tokens per second]
 const sizes = []; // [position, bytes]
+let shown = 0; // characters of the text on the page
+let drawing = false; // whether the charts will be drawn anyway
 
 function takeToken() {
   const given = new URLSearchParams(location.hash.slice(1)).get("token");
@@ -85,7 +87,9 @@ function keep(told, speed = null, reading = false) {
     add(speeds, [place.position, smooth]);
   }
   add(sizes, [place.position, place.state_bytes]);
-  draw();
+  if (drawing) return;
+  drawing = true;
+  setTimeout(draw, 100); // no screen needs more
 }
 
 function add(points, point) {
@@ -123,7 +127,11 @@ function show(words, kind) {
     part.textContent = words;
     output.append(part);
   }
-  while (output.textContent.length > MOST_CHARACTERS) output.firstElementChild.remove();
+  shown += words.length;
+  while (shown > MOST_CHARACTERS) {
+    shown -= output.firstElementChild.textContent.length;
+    output.firstElementChild.remove();
+  }
   if (follows) output.scrollTop = output.scrollHeight;
 }
 
@@ -264,6 +272,7 @@ async function anew() {
   if (old) await ask("DELETE", `texts/${old}`).catch(() => {});
   speeds.length = sizes.length = 0;
   at("output").replaceChildren();
+  shown = 0;
   at("speed").textContent = "–";
   keep({ position: 0, state_bytes: model.state_bytes });
   say("Nothing read yet.");
@@ -274,6 +283,7 @@ async function anew() {
 // --- charts
 
 function draw() {
+  drawing = false;
   const last = place.position;
   line("speed-chart", [{ points: speeds, kind: "line" }], short);
   const grown = model.softmax_bytes_per_token;
