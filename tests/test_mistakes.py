@@ -21,7 +21,7 @@ Captured = pytest.CaptureFixture[str]
 
 TEN = {
     "a misspelt command": ("trian", "did you mean 'train'? (see vqlm --help)"),
-    "the text as a preset": ("train book.txt", "book.txt is no preset; to train on it: --data book"),
+    "the text as a preset": ("train book.txt", "is no preset; to train on it: --data book.txt"),
     "a misspelt setting": ("train --data book.txt stepz=3", "did you mean 'steps'?"),
     "a setting as an option": (
         "train --data book.txt --steps 3", "settings are written without dashes: steps=3",

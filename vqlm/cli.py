@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, words = parser.parse_known_args(arguments)
     takes_words = hasattr(args, "what") and isinstance(args.what, list)
     if words and (not takes_words or any(word.startswith("-") for word in words)):
-        parser.error(f"unrecognized arguments: {' '.join(words)}{_setting_hint(words)}")
+        given = sys.argv[1:] if arguments is None else arguments
+        parser.error(f"unrecognized arguments: {' '.join(words)}{_setting_hint(words, given)}")
     if words:
         args.what += words
     run: Callable[[argparse.Namespace], dict[str, Any]] = args.run
@@ -105,18 +106,18 @@ def _red(text: str) -> str:
     return text if plain else f"\033[1;31m{text}\033[0m"
 
 
-def _setting_hint(words: Sequence[str]) -> str:
-    """How to write a setting, where one was given as an option."""
+def _setting_hint(words: Sequence[str], given: Sequence[str]) -> str:
+    """How to write a setting, where one of ``words`` is one that was ``given`` as an option."""
     from vqlm.config import LMConfig, TrainConfig
 
     names = {f.name for config in (LMConfig, TrainConfig) for f in dataclasses.fields(config)}
-    for i, word in enumerate(words):
-        name, _, value = word.lstrip("-").replace("-", "_").partition("=")
+    for word in words:
+        option, _, value = word.partition("=")
+        name = option.lstrip("-").replace("-", "_")
         if word.startswith("-") and name in names:
-            rest = [w for w in words[i + 1 : i + 2] if not w.startswith("-")]
-            return (
-                f"; settings are written without dashes: {name}={value or ''.join(rest) or '...'}"
-            )
+            after = list(given)[list(given).index(word) + 1 :]
+            value = value or (after[0] if after else "...")
+            return f"; settings are written without dashes: {name}={value}"
     return ""
 
 
