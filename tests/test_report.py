@@ -13,6 +13,7 @@ from tiny import corpus, trainer
 from vqlm import charts, figures
 from vqlm.cli import main
 from vqlm.figures import STYLES
+from vqlm.report import write_report
 from vqlm.runs import labels, read_log, read_run
 
 HEAD = b"\x89PNG\r\n\x1a\n"
@@ -52,13 +53,15 @@ class Page(HTMLParser):
         self.words += data
 
 
-def test_one_file_holds_everything(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    command = ["report", str(runs / "vq"), str(runs / "ovq"), "--out", str(out), "--json"]
-    assert main([*command, "--tokens", "20", "--prompt", "<state>"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+@pytest.fixture(scope="module")
+def told(runs: Path) -> dict[str, Any]:
+    """What making a report of both runs says; it takes a while, so it is done once."""
+    folders = [runs / "vq", runs / "ovq"]
+    return write_report(folders, runs / "out", prompt="<state>", n_token=20)
+
+
+def test_one_file_holds_everything(runs: Path, told: dict[str, Any]) -> None:
+    out = runs / "out"
     assert told["runs"] == ["vq", "ovq"] and told["notes"] == []
     assert told["charts"] == [
         "loss", "position", "throughput", "codes", "heads", "error", "mass", "growth",
@@ -205,14 +208,12 @@ def test_many_points_and_labels_are_thinned() -> None:
     assert len(shown) == 48 and [s for s in shown if s][0] == "0" and shown[-1] == "47"
     assert sum(s is not None for s in shown) == 6
     assert [figures.short(n) for n in (5, 999, 1500, 2e6)] == ["5", "999", "1.5k", "2M"]
-    assert [figures.ink_on(c) for c in ((1, 1, 1), (0, 0, 0))] == ["#000000", "#ffffff"]
+    assert [figures.ink_on(c) for c in ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))] == ["#000000", "#ffffff"]
 
 
-def test_in_a_browser(runs: Path, tmp_path: Path) -> None:
-    folder = str(runs / "vq")
-    assert main(["report", folder, "--out", str(tmp_path), "--tokens", "30"]) == 0
+def test_in_a_browser(told: dict[str, Any]) -> None:
     with chromium() as page:
-        page.get((tmp_path / "report.html").as_uri())
+        page.get(Path(told["report"]).as_uri())
         drawn = set()
         for screen in SCREENS:
             for theme in ("light", "dark"):

@@ -115,13 +115,13 @@ def error(runs: Sequence[Run]) -> Chart | None:
         runs, "quantization_error", "error", "Quantization error", "error (% of |key|²)",
         "Squared distance of the keys to their codes, in percent of the keys' squared length, mean "
         "over heads.",
-        lambda run: run.label, ".1f", scale=100,
+        lambda run: run.label, ".1f", scale=100.0,
     )  # fmt: skip
 
 
 def _by_layer(
     runs: Sequence[Run], name: str, file: str, title: str, unit: str, caption: str,
-    panel: Callable[[Run], str], form: str, scale: float = 1,
+    panel: Callable[[Run], str], form: str, scale: float = 1.0,
 ) -> Chart | None:  # fmt: skip
     shown = [run for run in runs if run.layers_with(name)]
     if not shown:

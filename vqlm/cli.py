@@ -362,8 +362,8 @@ def _add_env(commands: Any) -> None:
 def _add_completion(commands: Any) -> None:
     completion = _command(
         commands, "completion", "a script that completes commands and options in a shell",
-        '  eval "$(vqlm completion bash)"             now; in ~/.bashrc: always\n'
-        "  vqlm completion zsh > ~/.zfunc/_vqlm       with fpath+=~/.zfunc in ~/.zshrc",
+        "  vqlm completion zsh > ~/.zfunc/_vqlm       with fpath+=~/.zfunc in ~/.zshrc\n"
+        '  eval "$(vqlm completion bash)"             now; in ~/.bashrc: always',
     )  # fmt: skip
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     completion.set_defaults(run=_completion)
