@@ -380,7 +380,7 @@ def serve(playground: Playground, host: str, port: int, announce: Callable[[str]
         announce(url if token is None else f"{url}#token={token}")
         config = uvicorn.Config(
             application(playground, host, token), log_level="warning", access_log=False,
-            server_header=False, date_header=False, proxy_headers=False,
+            server_header=False, date_header=False, proxy_headers=False, ws="none",
             limit_concurrency=4 * playground.pool.limits.streams + 64, timeout_graceful_shutdown=2,
         )  # fmt: skip
         with suppress(KeyboardInterrupt):

@@ -14,8 +14,9 @@ let busy = false;
 let stopping = false;
 const speeds = []; // [position, tokens per second]
 const sizes = []; // [position, bytes]
-let shown = 0; // characters of the text on the page
-let drawing = false; // whether the charts will be drawn anyway
+let characters = 0; // of the text on the page
+let unseen = ""; // what the model wrote since the page was last brought up to date
+let waiting = false; // whether that will be done anyway
 
 function takeToken() {
   const given = new URLSearchParams(location.hash.slice(1)).get("token");
@@ -87,9 +88,9 @@ function keep(told, speed = null, reading = false) {
     add(speeds, [place.position, smooth]);
   }
   add(sizes, [place.position, place.state_bytes]);
-  if (drawing) return;
-  drawing = true;
-  setTimeout(draw, 100); // no screen needs more
+  if (waiting) return;
+  waiting = true;
+  setTimeout(refresh, 250); // laying out a page at every token would cost more than the tokens
 }
 
 function add(points, point) {
@@ -127,9 +128,9 @@ function show(words, kind) {
     part.textContent = words;
     output.append(part);
   }
-  shown += words.length;
-  while (shown > MOST_CHARACTERS) {
-    shown -= output.firstElementChild.textContent.length;
+  characters += words.length;
+  while (characters > MOST_CHARACTERS) {
+    characters -= output.firstElementChild.textContent.length;
     output.firstElementChild.remove();
   }
   if (follows) output.scrollTop = output.scrollHeight;
@@ -221,21 +222,21 @@ async function write() {
 
 async function follow(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let waiting = "";
+  let rest = "";
   let ended = false;
   for (;;) {
     const { value, done } = await reader.read();
     if (done) break;
-    waiting += value;
-    const events = waiting.split("\n\n");
-    waiting = events.pop();
+    rest += value;
+    const events = rest.split("\n\n");
+    rest = events.pop();
     for (const event of events) {
       const told = JSON.parse(event.slice("data: ".length));
       if (told.done) {
         ended = true;
         close(told);
       } else {
-        show(told.delta, "written");
+        unseen += told.delta;
         keep(told, told.tokens_per_second);
       }
     }
@@ -245,6 +246,7 @@ async function follow(answer) {
 
 function close(told) {
   keep(told);
+  flush();
   const count = `${told.written.toLocaleString("en")} tokens`;
   if (told.done === "end") {
     show("\n[end of the document]\n", "note");
@@ -272,7 +274,8 @@ async function anew() {
   if (old) await ask("DELETE", `texts/${old}`).catch(() => {});
   speeds.length = sizes.length = 0;
   at("output").replaceChildren();
-  shown = 0;
+  unseen = "";
+  characters = 0;
   at("speed").textContent = "–";
   keep({ position: 0, state_bytes: model.state_bytes });
   say("Nothing read yet.");
@@ -282,8 +285,19 @@ async function anew() {
 
 // --- charts
 
+function refresh() {
+  waiting = false;
+  flush();
+  draw();
+}
+
+function flush() {
+  const words = unseen;
+  unseen = "";
+  if (words) show(words, "written");
+}
+
 function draw() {
-  drawing = false;
   const last = place.position;
   line("speed-chart", [{ points: speeds, kind: "line" }], short);
   const grown = model.softmax_bytes_per_token;
