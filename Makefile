@@ -10,12 +10,14 @@ USABLE := import sys; assert sys.version_info >= (3, 11); import ensurepip, venv
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	"$$python" -c '$(USABLE)' 2>/dev/null && { echo "$$python"; exit; }; done; echo python3)
 
-.PHONY: help install test demo clean
+.PHONY: help install test demo docs clean-install clean
 
 help:
 	@echo 'make install   put vqlm, editable, with all it needs into .venv'
 	@echo 'make demo      train, evaluate and sample a small model on the CPU'
 	@echo 'make test      format, lint and type checks, then the tests, on JOBS=$(JOBS) processes'
+	@echo 'make docs      the documentation site, into build/site'
+	@echo 'make clean-install   install in a clean environment of PYTHON, and use it'
 	@echo 'make clean     remove .venv, the caches and the build leftovers'
 	@echo
 	@echo 'PYTHON=python3.12 chooses the Python of a new .venv; it must be 3.11 or newer.'
@@ -40,10 +42,17 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	for version in 3.12 3.13 3.14; do $(BIN)/mypy --python-version $$version || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 demo: install
 	$(BIN)/vqlm demo
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean-install:
+	$(PYTHON) tests/clean_install.py $(PYTHON)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -220,14 +220,28 @@ def test_an_output_folder_that_cannot_be_made(capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "eval", "sample", "data", "import-official", "bench", "ablate", "demo"]
+    "command",
+    [
+        "train",
+        "eval",
+        "sample",
+        "report",
+        "play",
+        "data",
+        "import-official",
+        "bench",
+        "ablate",
+        "demo",
+        "env",
+        "completion",
+    ],
 )
 def test_every_command_has_help(command: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
     said = capsys.readouterr().out
-    assert "--json" in said
+    assert "--json" in said and f"examples:\n  vqlm {command}" in said
     if command == "train":
         for name, note in presets.summaries():
             assert name in said and note in said
@@ -237,7 +251,8 @@ def test_help_says_where_to_start(capsys: Captured) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    assert "Start with: vqlm train --data FILE" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "start here:\n  vqlm train --data" in said and "exit codes:\n  0 " in said
 
 
 def test_python_m_vqlm_is_the_command() -> None:

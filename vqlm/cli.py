@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from vqlm import __version__
 from vqlm import commands as do
 
 EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
+
+EXTRAS = {
+    "train": ("accelerate", "lion_pytorch", "shtab", "tensorboard", "tqdm", "yaml"),
+    "plot": ("jinja2", "matplotlib"),
+    "data": ("PIL", "sentencepiece"),
+    "official": ("flax", "msgpack", "orbax"),
+    "play": ("starlette", "uvicorn"),
+}
+"""Modules that vqlm imports where they are needed, by the extra that brings them."""
+
+DEBUG = "VQLM_DEBUG"
+"""Environment variable: set, every error shows where it came from."""
+
+_EPILOG = """\
+start here:
+  vqlm train --data book.txt --out runs/first    a file, or a folder of files
+  vqlm eval runs/first                           how well it predicts text that it has not seen
+  vqlm sample runs/first --prompt "The "         let it write
+  vqlm report runs/first                         charts of the training and of the model
+  vqlm play runs/first                           a web page to try it
+
+Every command takes --help, and --json, which makes its last line one JSON object.
+
+exit codes:
+  0    done
+  2    a mistake in what was asked for, or a file that cannot be used; the last line says which
+  3    the training diverged
+  130  interrupted (Ctrl-C); a training has saved its place
+
+NO_COLOR=1 switches colour off, and so does a pipe. VQLM_DEBUG=1 shows where an error came from."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,80 +57,148 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, words = parser.parse_known_args(arguments)
     takes_words = hasattr(args, "what") and isinstance(args.what, list)
     if words and (not takes_words or any(word.startswith("-") for word in words)):
-        parser.error(f"unrecognized arguments: {' '.join(words)}")
+        given = sys.argv[1:] if arguments is None else arguments
+        parser.error(f"unrecognized arguments: {' '.join(words)}{_setting_hint(words, given)}")
     if words:
         args.what += words
     run: Callable[[argparse.Namespace], dict[str, Any]] = args.run
     try:
         result = run(args)
-    except (ValueError, OSError) as error:
-        print(f"vqlm {args.command}: error: {_text_of(error)}", file=sys.stderr)
-        return EXIT_USAGE
+        if args.json:
+            print(json.dumps(result))
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `vqlm ... | head`: nobody reads on, which is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"vqlm {args.command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingDiverged":
-            raise
-        print(f"vqlm {args.command}: error: {error}", file=sys.stderr)
-        return EXIT_DIVERGED
-    if args.json:
-        print(json.dumps(result))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        return _explain(args.command, error)
     return EXIT_INTERRUPTED if result.get("interrupted") else 0
 
 
-def _text_of(error: ValueError | OSError) -> str:
+def _explain(command: str, error: Exception) -> int:
+    """Answers a mistake in one line and returns the exit code; raises what is no user's mistake."""
+    diverged = type(error).__name__ == "TrainingDiverged"
+    extra = _extra_of(error) if isinstance(error, ImportError) else None
+    is_mistake = isinstance(error, ValueError | OSError) or diverged or extra
+    if DEBUG in os.environ or not is_mistake:
+        raise error
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error)
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, ImportError):
+        text = f"needs {error.name}: pip install 'vqlm[{extra}]'"
+    print(f"vqlm {command}: {_red('error:')} {text}", file=sys.stderr)
+    return EXIT_DIVERGED if diverged else EXIT_USAGE
+
+
+def _extra_of(error: ImportError) -> str | None:
+    module = (error.name or "").partition(".")[0]
+    return next((extra for extra, modules in EXTRAS.items() if module in modules), None)
+
+
+def _red(text: str) -> str:
+    """For standard error, unless that is a pipe or colour is not wanted (no-color.org)."""
+    unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    plain = unwanted or not sys.stderr.isatty()
+    return text if plain else f"\033[1;31m{text}\033[0m"
+
+
+def _setting_hint(words: Sequence[str], given: Sequence[str]) -> str:
+    """How to write a setting, where one of ``words`` is one that was ``given`` as an option."""
+    from vqlm.config import LMConfig, TrainConfig
+
+    names = {f.name for config in (LMConfig, TrainConfig) for f in dataclasses.fields(config)}
+    for word in words:
+        option, _, value = word.partition("=")
+        name = option.lstrip("-").replace("-", "_")
+        if word.startswith("-") and name in names:
+            after = list(given)[list(given).index(word) + 1 :]
+            value = value or (after[0] if after else "...")
+            return f"; settings are written without dashes: {name}={value}"
+    return ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest valid choice, and where to read on, when it is given a wrong one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and one line, and exits with code 2."""
+        if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            choices = [choice.strip(" '") for choice in wrong[2].split(",")]
+            near = difflib.get_close_matches(wrong[1], choices, n=1, cutoff=0.5)
+            message += f"; did you mean '{near[0]}'?" if near else ""
+        if "arguments are required" in message or "invalid choice" in message:
+            message += f" (see {self.prog} --help)"
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"{self.prog}: {_red('error:')} {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vqlm",
         description="Linear-time language models by vector quantization.",
-        epilog="Start with: vqlm train --data FILE --out runs/first, then vqlm eval runs/first",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EPILOG,
     )
+    parser.add_argument("--version", action="version", version=f"vqlm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_train(commands)
-    _add_eval(commands)
-    _add_sample(commands)
-    _add_data(commands)
-    _add_import(commands)
-    _add_bench(commands)
-    _add_ablate(commands)
-    demo = commands.add_parser("demo", help="train, evaluate, sample and compare in some minutes")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder, made anew")
-    demo.set_defaults(run=do.demo)
+    for add in (
+        _add_train, _add_eval, _add_sample, _add_report, _add_play, _add_data, _add_import,
+        _add_bench, _add_ablate, _add_demo, _add_env, _add_completion,
+    ):  # fmt: skip
+        add(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="last line: one JSON object")
     return parser
 
 
+def _command(
+    commands: Any, name: str, summary: str, examples: str, more: str = ""
+) -> argparse.ArgumentParser:
+    """A command whose help ends with examples."""
+    made: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"examples:\n{examples}" + (f"\n\n{more}" if more else ""),
+    )  # fmt: skip
+    return made
+
+
 def _add_train(commands: Any) -> None:
     from vqlm import presets
 
-    names = "\n".join(f"  {name:<12}{note}" for name, note in presets.summaries())
-    train = commands.add_parser(
-        "train",
-        help="train a model and keep it in a run folder",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"presets:\n{names}\n\n"
+    names = "\n".join(f"  {name:<17}{note}" for name, note in presets.summaries())
+    train = _command(
+        commands, "train", "train a model and keep it in a run folder",
+        "  vqlm train --data book.txt --out runs/book\n"
+        "  vqlm train mini --data my_folder mixers=window,vq steps=200 --out runs/hybrid\n"
+        "  vqlm train --config settings.yaml learning_rate=1e-3\n"
+        "  vqlm train --resume runs/book              after Ctrl-C",
+        f"presets:\n{names}\n\n"
         "Every field of LMConfig and TrainConfig (vqlm/config.py) can be set as key=value:\n"
-        "  vqlm train mini --data book.txt mixers=softmax steps=200\n\n"
-        "A run in DIR goes on with: vqlm train --resume DIR",
-    )
+        "numbers as Python writes them, lists with commas, true, false, none. The same keys stand\n"
+        "in a YAML file for --config, beside preset, data and out; the command line wins.",
+    )  # fmt: skip
     train.add_argument(
         "what", nargs="*", metavar="PRESET | key=value", help="preset (default: mini) and settings"
     )
     train.add_argument("--data", help="file or folder; default: Python's own standard library")
     train.add_argument("--out", type=Path, help="new run folder; default: runs/latest")
     train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    train.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
     train.set_defaults(run=do.train)
 
 
 def _add_eval(commands: Any) -> None:
-    evaluation = commands.add_parser("eval", help="bits per byte of a whole split")
+    evaluation = _command(
+        commands, "eval", "bits per byte of a whole split",
+        "  vqlm eval runs/book                        the test split of what it was trained on\n"
+        "  vqlm eval runs/book/best --split validation --json\n"
+        "  vqlm eval runs/book --data other.txt",
+    )  # fmt: skip
     evaluation.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
     evaluation.add_argument("--data", help="file or folder; default: what the run was trained on")
     evaluation.add_argument(
@@ -110,7 +213,12 @@ def _add_eval(commands: Any) -> None:
 
 
 def _add_sample(commands: Any) -> None:
-    sample = commands.add_parser("sample", help="let a model write, or paint")
+    sample = _command(
+        commands, "sample", "let a model write, or paint",
+        '  vqlm sample runs/book --prompt "The " --tokens 300\n'
+        "  vqlm sample runs/book --count 3 --seed 1   three texts, the same ones every time\n"
+        "  vqlm sample runs/photos --count 16 --png grid.png",
+    )  # fmt: skip
     sample.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
     sample.add_argument("--prompt", default="", help="text to continue")
     sample.add_argument("--tokens", type=int, default=500, help="most tokens to write")
@@ -133,18 +241,61 @@ def _add_sample(commands: Any) -> None:
     sample.set_defaults(run=do.sample)
 
 
+def _add_report(commands: Any) -> None:
+    report = _command(
+        commands, "report", "one HTML page about runs: charts, comparisons, samples",
+        "  vqlm report runs/book                      writes runs/book/report/report.html\n"
+        "  vqlm report runs/vq runs/twin --out runs/report",
+        "The page holds all it shows, and opens in any browser; each chart is a PNG beside it too.",
+    )  # fmt: skip
+    report.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="run folders")
+    report.add_argument(
+        "--out", type=Path, help="folder to write to; default: RUN/report, of several runs/report"
+    )
+    report.add_argument("--prompt", default="", help="text that the samples continue")
+    report.add_argument("--tokens", type=int, default=400, help="tokens of a sample; 0: none")
+    report.add_argument(
+        "--no-probes", action="store_true",
+        help="read no validation text: quick, without attention, position and memory",
+    )  # fmt: skip
+    report.set_defaults(run=do.report)
+
+
+def _add_play(commands: Any) -> None:
+    play = _command(
+        commands, "play", "a web page on this machine that lets a model write",
+        "  vqlm play runs/book                        then open the address that it prints\n"
+        "  vqlm play runs/book --host 0.0.0.0         for others too; the address holds a token\n"
+        "  ssh -L 8765:localhost:8765 HOST            better: from elsewhere, by a tunnel",
+        "On loopback (the default) no token is needed, unless VQLM_PLAY_TOKEN gives one. What\n"
+        "goes over a network is not encrypted.",
+    )  # fmt: skip
+    play.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    play.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    play.add_argument("--port", type=int, default=8765, help="0: a free one (%(default)s)")
+    play.add_argument(
+        "--max-tokens", type=int, default=10_000, help="tokens of one request (%(default)s)"
+    )
+    play.add_argument("--max-position", type=int, help="tokens of one text (16 M; softmax: 16 k)")
+    play.add_argument(
+        "--max-sessions", type=int, default=64, help="texts that are remembered (%(default)s)"
+    )
+    play.add_argument(
+        "--max-streams", type=int, default=32, help="requests at work at a time (%(default)s)"
+    )
+    play.set_defaults(run=do.play)
+
+
 def _add_data(commands: Any) -> None:
-    data = commands.add_parser(
-        "data",
-        help="prepare data sets as token files, and check them",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="  vqlm data prepare enwik8 --download --source downloads --out data/enwik8\n"
+    data = _command(
+        commands, "data", "prepare data sets as token files, and check them",
+        "  vqlm data prepare enwik8 --download --source downloads --out data/enwik8\n"
         "  vqlm data prepare pg19 --source DEEPMIND_FOLDER --out data/pg19 vocab_size=32000\n"
         "  vqlm data prepare imagenet64 --source FOLDER_OF_NPZ --out data/imagenet64\n"
         "  vqlm data prepare pictures --source FOLDER --out data/mine size=64 skip_bad=true\n"
-        "  vqlm data verify data/enwik8\n\n"
+        "  vqlm data verify data/enwik8",
         "A prepared folder is then what --data of the other commands takes.",
-    )
+    )  # fmt: skip
     data.add_argument("action", choices=("prepare", "verify"))
     data.add_argument("name", metavar="NAME | FOLDER", help="data set; or what to verify")
     data.add_argument("what", nargs="*", metavar="key=value", help="options of the data set")
@@ -157,9 +308,10 @@ def _add_data(commands: Any) -> None:
 
 
 def _add_import(commands: Any) -> None:
-    official = commands.add_parser(
-        "import-official", help="take over a checkpoint of the official JAX implementation"
-    )
+    official = _command(
+        commands, "import-official", "take over a checkpoint of the official JAX implementation",
+        "  vqlm import-official checkpoint.npz runs/official --config settings.json",
+    )  # fmt: skip
     official.add_argument("path", type=Path, help="npz of flat names, flax msgpack, orbax folder")
     official.add_argument("out", type=Path, help="run folder to make")
     official.add_argument(
@@ -172,7 +324,10 @@ def _add_import(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     from vqlm import bench
 
-    parser = commands.add_parser("bench", help="measure speed against torch's attention")
+    parser = _command(
+        commands, "bench", "measure speed against torch's attention",
+        "  vqlm bench attention --threads 1 --plot time_per_token.svg",
+    )  # fmt: skip
     bench.add_arguments(parser)
     parser.set_defaults(run=bench.run)
 
@@ -180,6 +335,44 @@ def _add_bench(commands: Any) -> None:
 def _add_ablate(commands: Any) -> None:
     from vqlm import ablate
 
-    parser = commands.add_parser("ablate", help="the paper's ablations: tables and plots")
+    parser = _command(
+        commands, "ablate", "the paper's ablations: tables and plots",
+        "  vqlm ablate codes mini --data book.txt --values 32,128,512 --seeds 0,1,2\n"
+        "  vqlm ablate throughput --threads 1",
+    )  # fmt: skip
     ablate.add_arguments(parser)
     parser.set_defaults(run=ablate.run)
+
+
+def _add_demo(commands: Any) -> None:
+    demo = _command(
+        commands, "demo", "train, evaluate, sample and compare in some minutes", "  vqlm demo"
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder, made anew")
+    demo.set_defaults(run=do.demo)
+
+
+def _add_env(commands: Any) -> None:
+    env = _command(
+        commands, "env", "versions and devices, for a report of a problem", "  vqlm env --json"
+    )
+    env.set_defaults(run=do.env)
+
+
+def _add_completion(commands: Any) -> None:
+    completion = _command(
+        commands, "completion", "a script that completes commands and options in a shell",
+        "  vqlm completion zsh > ~/.zfunc/_vqlm       with fpath+=~/.zfunc in ~/.zshrc\n"
+        '  eval "$(vqlm completion bash)"             now; in ~/.bashrc: always',
+    )  # fmt: skip
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.set_defaults(run=_completion)
+
+
+def _completion(args: argparse.Namespace) -> dict[str, Any]:
+    import shtab
+
+    script = shtab.complete(_parser(), args.shell)
+    if not args.json:
+        print(script)
+    return {"shell": args.shell, "script": script}

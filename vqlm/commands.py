@@ -24,7 +24,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     from vqlm.prepared import open_corpus
     from vqlm.train import Trainer
 
-    pairs = _pairs(args.what)
+    pairs = _settings(args) | _pairs(args.what)
     # Absolute, so that eval and resume find it from any folder.
     source = str(Path(args.data).expanduser().absolute()) if args.data else None
     model_config, config, source, out = _chosen(args, source)
@@ -48,6 +48,22 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _settings(args: argparse.Namespace) -> dict[str, str]:
+    """Settings of ``--config``, if it was given; what else the file says goes into ``args``, where
+    the command line has not said it already."""
+    if args.config is None:
+        return {}
+    from vqlm.settings import read_settings
+
+    arguments, pairs = read_settings(args.config)
+    if "preset" in arguments and all("=" in word for word in args.what):
+        args.what.insert(0, arguments["preset"])
+    args.data = args.data or arguments.get("data")
+    if args.out is None and "out" in arguments:
+        args.out = Path(arguments["out"])
+    return pairs
+
+
 def _chosen(
     args: argparse.Namespace, source: str | None
 ) -> tuple[LMConfig, TrainConfig, str | None, Path]:
@@ -58,6 +74,8 @@ def _chosen(
     names = [word for word in args.what if "=" not in word]
     if len(names) > 1:
         raise ValueError(f"one preset at most, got {' and '.join(names)}")
+    if names and names[0] not in presets.PRESETS and Path(names[0]).exists():
+        raise ValueError(f"{names[0]} is no preset; to train on it: --data {names[0]}")
     if args.resume is None:
         out = args.out or Path("runs/latest")
         model_config, config = presets.get(names[0] if names else "mini")
@@ -292,3 +310,57 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     from vqlm import demo
 
     return demo.run(args.out)
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """``vqlm report``."""
+    from vqlm.report import write_report
+
+    folders = args.run_folders
+    out = args.out or (folders[0] / "report" if len(folders) == 1 else Path("runs/report"))
+    result = write_report(
+        folders, out, probes=not args.no_probes, prompt=args.prompt, n_token=args.tokens
+    )
+    for note in result["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{result['report']}: {len(result['charts'])} charts of {', '.join(result['runs'])}")
+    return result
+
+
+def play(args: argparse.Namespace) -> dict[str, Any]:
+    """``vqlm play``: until Ctrl-C."""
+    from vqlm.checkpoint import load_medium, load_model
+    from vqlm.play import GROWING_POSITION, Playground, serve
+    from vqlm.sessions import Limits
+
+    model, medium = load_model(args.run_folder), load_medium(args.run_folder)
+    if medium.kind == "image":
+        raise ValueError(f"{args.run_folder} makes pictures; see vqlm sample {args.run_folder}")
+    most = args.max_position
+    if most is None:
+        most = GROWING_POSITION if "softmax" in model.config.mixers else Limits.position
+    limits = Limits(
+        new_tokens=args.max_tokens, position=most, sessions=args.max_sessions,
+        streams=args.max_streams,
+    )  # fmt: skip
+    told: dict[str, Any] = {"run": str(args.run_folder)}
+
+    def announce(url: str) -> None:
+        told["url"] = url
+        print(f"Playground of {args.run_folder}: {url}\nCtrl-C ends it.", flush=True)
+
+    name = args.run_folder.resolve().name
+    serve(Playground(model, medium.vocabulary, name, limits), args.host, args.port, announce)
+    return told
+
+
+def env(args: argparse.Namespace) -> dict[str, Any]:
+    """``vqlm env``."""
+    from vqlm.environment import environment
+
+    facts = environment()
+    packages = [f"{name} {found or '-'}" for name, found in facts["packages"].items()]
+    for name, value in {**facts, "packages": ", ".join(packages)}.items():
+        shown = ", ".join(value) if isinstance(value, list) else value
+        print(f"{name:<9}{'none' if shown in (None, '') else shown}")
+    return facts

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -86,11 +87,7 @@ class RunLog:
             "train/gradient_norm": last.norm.item(),
             "train/tokens_per_second": speed,
         }
-        for layer, stats in enumerate(last.stats):
-            if stats is None:
-                continue
-            numbers[f"codes_in_use/layer{layer}"] = stats.perplexity().mean().item()
-            numbers[f"quantization_error/layer{layer}"] = stats.relative_error().mean().item()
+        numbers |= _codebook_numbers("", last.stats)
         self._record(progress, numbers)
         self._pending.clear()
         text = (
@@ -106,10 +103,7 @@ class RunLog:
     def validation(self, progress: Progress, result: Evaluation) -> None:
         """Writes a look at the validation split."""
         numbers = {"validation/bits_per_byte": result.bits_per_byte}
-        for layer, stats in enumerate(result.codebooks):
-            if stats is not None:
-                used = stats.perplexity().mean().item()
-                numbers[f"validation_codes_in_use/layer{layer}"] = used
+        numbers |= _codebook_numbers("validation_", result.codebooks)
         self._record(progress, numbers)
         self.note(f"step {progress.step}  validation {result.bits_per_byte:.3f} bits/byte")
 
@@ -125,7 +119,8 @@ class RunLog:
                 file.close()
 
     def _record(self, progress: Progress, numbers: dict[str, float]) -> None:
-        line = {"step": progress.step, "seconds": round(progress.seconds, 2), **numbers}
+        seconds = round(progress.seconds, 2)
+        line = {"step": progress.step, "tokens": progress.tokens, "seconds": seconds, **numbers}
         try:
             for name, value in numbers.items():
                 self._events.add_scalar(name, value, progress.step)
@@ -133,6 +128,22 @@ class RunLog:
             self._lines.flush()
         except OSError as error:  # a full disk must not end a training
             self.note(f"warning: cannot write the log ({error.strerror}); training goes on")
+
+
+def _codebook_numbers(prefix: str, books: Sequence[CodeStats | None]) -> dict[str, float]:
+    """Code use (perplexity), dead codes and error of each layer; code use of each head as well."""
+    numbers: dict[str, float] = {}
+    for layer, stats in enumerate(books):
+        if stats is None:
+            continue
+        in_use = stats.perplexity().tolist()
+        numbers[f"{prefix}codes_in_use/layer{layer}"] = sum(in_use) / len(in_use)
+        for head, used in enumerate(in_use):
+            numbers[f"{prefix}codes_in_use/layer{layer}/head{head}"] = used
+        numbers[f"{prefix}dead_codes/layer{layer}"] = stats.dead().float().mean().item()
+        error = stats.relative_error().mean().item()
+        numbers[f"{prefix}quantization_error/layer{layer}"] = error
+    return numbers
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,66 @@
+"""Settings from a YAML file: flat, typed as ``key=value`` of the command line, never evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vqlm.config import LMConfig, TrainConfig, override_all, require_known
+
+ARGUMENTS = ("preset", "data", "out")
+"""Keys of a file that are no settings, but what else a training is asked with."""
+
+
+class Settings(NamedTuple):
+    """What a settings file says."""
+
+    arguments: dict[str, str]
+    """Those of ``ARGUMENTS`` that it gives."""
+    pairs: dict[str, str]
+    """Settings as ``override`` takes them, by name."""
+
+
+def read_settings(path: Path) -> Settings:
+    """Reads ``{preset: mini, data: book.txt, n_layer: 6, mixers: [window, vq]}`` and the like.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: no YAML, nested values, an unknown name (with the nearest valid one) or a value
+            of another type.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{path} is no YAML file of settings: {problem}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: wanted lines such as 'steps: 200', got {type(found).__name__}")
+    arguments: dict[str, str] = {}
+    pairs: dict[str, str] = {}
+    for name, value in found.items():
+        kind = arguments if name in ARGUMENTS else pairs
+        kind[str(name)] = _as_text(path, str(name), value)
+    names = [*ARGUMENTS, *LMConfig.__dataclass_fields__, *TrainConfig.__dataclass_fields__]
+    try:
+        for name in pairs:
+            require_known("setting", name, names)
+        override_all(pairs, LMConfig(), TrainConfig())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Settings(arguments, pairs)
+
+
+def _as_text(path: Path, name: str, value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return ",".join(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "none"
+    if isinstance(value, int | float | str):
+        return str(value)
+    raise ValueError(
+        f"{path}: {name} is a {type(value).__name__}, wanted one value or a list of names"
+    )
