@@ -17,14 +17,16 @@ ROWS = [
     {"reference", "config", "codebook", "segments", "vocabulary", "compressors", "sampling"},
     {"layers", "data"},
     {"vq", "softmax", "ovq", "prepared"},
-    {"vq_parallel"},
+    {"vq_parallel", "dictionary"},
     {"model", "pictures", "download"},
+    {"prefix"},
     {"evaluate", "sample", "checkpoint", "prepare", "convert", "optimizers", "official_files"},
-    {"runlog"},
+    {"runlog", "card", "hf_cache", "hf_tokenizer"},
+    {"patching"},
     {"__init__"},
-    {"train", "bench"},
+    {"train", "bench", "hf", "adapt"},
     {"presets"},
-    {"demo", "throughput"},
+    {"demo", "throughput", "harness", "patch_study"},
     {"ablate"},
     {"commands"},
     {"cli"},
@@ -34,7 +36,11 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Narrower than the rows: `layers` needs only these, and an oracle that the code it judges could
 # import would judge nothing.
 ONLY_FROM = {"layers": {"config", "segments"}, "data": {"vocabulary"}}
-ONLY_INTO = {"reference": {"bench"}, "accelerate": {"train"}, "matplotlib": {"bench", "ablate"}}
+ONLY_INTO = {
+    "reference": {"bench"}, "accelerate": {"train"}, "matplotlib": {"bench", "ablate"},
+    "lm_eval": {"harness"},
+    "transformers": {"hf", "hf_cache", "hf_tokenizer", "patching", "patch_study"},
+}  # fmt: skip
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

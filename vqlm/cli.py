@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_sample(commands)
+    _add_state(commands)
     _add_data(commands)
+    _add_export(commands)
     _add_import(commands)
     _add_bench(commands)
     _add_ablate(commands)
@@ -95,7 +97,9 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_eval(commands: Any) -> None:
-    evaluation = commands.add_parser("eval", help="bits per byte of a whole split")
+    evaluation = commands.add_parser(
+        "eval", help="bits per byte of a whole split, or tasks of lm-evaluation-harness"
+    )
     evaluation.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
     evaluation.add_argument("--data", help="file or folder; default: what the run was trained on")
     evaluation.add_argument(
@@ -106,6 +110,12 @@ def _add_eval(commands: Any) -> None:
         "--context", type=int, help="forget everything after so many tokens; default: carry on"
     )
     evaluation.add_argument("--batch-size", type=int, default=16, help="documents side by side")
+    evaluation.add_argument(
+        "--tasks", help="names of lm-evaluation-harness, with commas; instead of a split"
+    )
+    evaluation.add_argument("--include", type=Path, metavar="DIR", help="task files of your own")
+    evaluation.add_argument("--limit", type=int, help="examples of each task; default: all")
+    evaluation.add_argument("--fewshot", type=int, help="examples shown before each question")
     evaluation.set_defaults(run=do.evaluate)
 
 
@@ -129,8 +139,37 @@ def _add_sample(commands: Any) -> None:
         "--complete", action="store_true",
         help="pictures: give the upper halves of test pictures, and have the lower ones made",
     )  # fmt: skip
+    sample.add_argument(
+        "--state", type=Path, metavar="FILE", help="go on from there (vqlm state make)"
+    )
     sample.add_argument("--data", help="where test pictures are; default: what was trained on")
     sample.set_defaults(run=do.sample)
+
+
+def _add_state(commands: Any) -> None:
+    state = commands.add_parser(
+        "state",
+        help="what a model remembers of a long prompt, as a file",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="  vqlm state make BOOK.txt --model RUN               writes BOOK.state\n"
+        "  vqlm sample RUN --state BOOK.state --prompt 'And so '\n"
+        "  vqlm state extend BOOK.state --text MORE.txt --model RUN --out BOTH.state\n"
+        "  vqlm state show BOOK.state",
+    )
+    state.add_argument("action", choices=("make", "extend", "show"))
+    state.add_argument("path", type=Path, metavar="FILE", help="the text to read, or a state")
+    state.add_argument("--model", type=Path, metavar="RUN", help="run folder")
+    state.add_argument("--text", type=Path, metavar="FILE", help="extend: the text to read on")
+    state.add_argument("--out", type=Path, metavar="FILE", help="default: FILE, ending in .state")
+    state.set_defaults(run=do.state)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="a run as a folder of transformers, with a card")
+    export.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    export.add_argument("out", type=Path, metavar="DIR", help="new folder")
+    export.add_argument("--shard-size", default="5GB", help="most of one file; default: 5GB")
+    export.set_defaults(run=do.export)
 
 
 def _add_data(commands: Any) -> None:
