@@ -23,6 +23,7 @@ ROWS = [
     {"evaluate", "sample", "checkpoint", "prepare", "convert", "optimizers", "official_files"},
     {"runlog", "card", "hf_cache", "hf_tokenizer"},
     {"patching"},
+    {"patched_files"},
     {"__init__"},
     {"train", "bench", "hf", "adapt"},
     {"presets"},
@@ -39,7 +40,7 @@ ONLY_FROM = {"layers": {"config", "segments"}, "data": {"vocabulary"}}
 ONLY_INTO = {
     "reference": {"bench"}, "accelerate": {"train"}, "matplotlib": {"bench", "ablate"},
     "lm_eval": {"harness"},
-    "transformers": {"hf", "hf_cache", "hf_tokenizer", "patching", "patch_study"},
+    "transformers": {"hf", "hf_cache", "hf_tokenizer", "patching", "patched_files", "patch_study"},
 }  # fmt: skip
 
 

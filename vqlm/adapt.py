@@ -10,10 +10,12 @@ layer.  Then the whole patched model learns to predict the next token, as it was
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +23,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vqlm.data import load_corpus
 from vqlm.optimizers import schedule
-from vqlm.patching import PatchedAttention, attention_modules, patched_layers
+from vqlm.patched_files import load_original, save_patched
+from vqlm.patching import PatchConfig, PatchedAttention, attention_modules, patch, patched_layers
+
+HELD_OUT_WINDOWS = 200
+"""Windows of the validation split that losses are measured on."""
 
 Windows = Callable[[], Int[Tensor, "B T"]]
 """Gives the next batch: windows of text, one more token than is read."""
@@ -68,9 +75,12 @@ def adapt(
     windows: Windows,
     config: AdaptConfig,
     show: Callable[[str], None] = lambda line: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
     """Trains ``patched`` in place; ``original`` is the model as it was before ``patch``.
 
+    ``clock``: seconds, of which ``config.minutes`` are spent; ``time.process_time`` counts those
+    that this process computes, on a machine that others use too.
     Returns steps, and the last losses, of both stages.
 
     Raises:
@@ -97,7 +107,7 @@ def adapt(
     ):  # fmt: skip
         parameters = layers if name == "matching" else [patched]
         steps, last = 0, None
-        for steps, last in _stage(parameters, layers, loss, windows, share, config):
+        for steps, last in _stage(parameters, layers, loss, windows, config, share, clock):
             if steps % 50 == 0:
                 show(f"{name}  step {steps}  {last:.4f}")
         found[name] = {"steps": steps, "last_loss": last}
@@ -110,14 +120,15 @@ def _stage(
     layers: list[PatchedAttention],
     loss: Callable[[Tensor], Tensor],
     windows: Windows,
-    share: float,
     config: AdaptConfig,
+    share: float,
+    clock: Callable[[], float],
 ) -> Iterator[tuple[int, float]]:
     """Trains for ``share`` of the minutes; yields the number of steps and the loss after each."""
     parameters = [p for module in trained for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.98))
-    seconds, began, step = 60 * config.minutes * share, time.monotonic(), 0
-    while seconds and (done := (time.monotonic() - began) / seconds) < 1:
+    seconds, began, step = 60 * config.minutes * share, clock(), 0
+    while seconds and (done := (clock() - began) / seconds) < 1:
         rate = schedule("cosine", step, 20, done, final_rate=0.05)
         optimizer.param_groups[0]["lr"] = config.learning_rate * rate
         value = loss(windows())
@@ -196,7 +207,82 @@ def start_codebooks_(
         layer.codebook.initialize_(keys.to(layer.codebook.key_sum.dtype), generator)
 
 
-def settings_of(layers: list[PatchedAttention]) -> dict[str, Any]:
-    """What ``patch`` has to be called with to make ``layers`` again."""
-    config = dataclasses.asdict(layers[0].config_of_patch)
-    return {**config, "layers": [layer.layer_idx for layer in layers]}
+def text_windows(tokens: Int[Tensor, " n"], config: AdaptConfig) -> Windows:
+    """Windows of ``config.seq_len`` + 1 tokens, from places drawn anew for every batch.
+
+    Raises:
+        ValueError: fewer tokens than one window.
+    """
+    width = config.seq_len + 1
+    if len(tokens) < width:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, but a window has {width}; give more text or a "
+            "smaller seq_len"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def draw() -> Int[Tensor, "B T"]:
+        most = len(tokens) - width + 1
+        begin = torch.randint(most, (config.batch_size, 1), generator=generator)
+        return tokens[begin + torch.arange(width)]
+
+    return draw
+
+
+@torch.no_grad()
+def nats_per_token(model: nn.Module, windows: Int[Tensor, "W T"], batch_size: int = 16) -> float:
+    """Mean cross-entropy over the windows, each read from its start; its last token is no input."""
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for part in windows.split(batch_size):
+        logits = model(input_ids=part[:, :-1], use_cache=False).logits.flatten(0, 1).float()
+        total += F.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
+    model.train(was_training)
+    return total / windows[:, 1:].numel()
+
+
+def held_out(tokens: Int[Tensor, " n"], seq_len: int, n_window: int) -> Int[Tensor, "W T"]:
+    """The first windows of ``tokens``, end to end, each with the token after it.
+
+    Raises:
+        ValueError: fewer tokens than one window.
+    """
+    n = min(n_window, (len(tokens) - 1) // seq_len)
+    if n < 1:
+        raise ValueError(f"{len(tokens)} tokens of held-out text, wanted more than {seq_len}")
+    return torch.stack([tokens[i * seq_len : (i + 1) * seq_len + 1] for i in range(n)])
+
+
+def recovered(original: float, patched: float, adapted: float) -> float:
+    """What share of the loss that patching cost came back; above 1: better than the original."""
+    return (patched - adapted) / (patched - original)
+
+
+def run(
+    model: Path,
+    data: str,
+    out: Path,
+    patch_config: PatchConfig,
+    config: AdaptConfig,
+    layers: list[int] | None = None,
+) -> dict[str, Any]:
+    """Patches and adapts the model in a folder, and saves it; losses on held-out text.
+
+    ``data``: a file or folder of text, in tokens of the folder's tokenizer, or bytes without one.
+
+    Raises:
+        ValueError: text or a model that can't be used.
+    """
+    corpus = load_corpus(data)
+    original, encode = load_original(model)
+    train, validation = (encode(split.text()) for split in (corpus.train, corpus.validation))
+    windows = held_out(validation, config.seq_len, HELD_OUT_WINDOWS)
+    patched = copy.deepcopy(original)
+    patch(patched, layers=layers, **dataclasses.asdict(patch_config))
+    found: dict[str, Any] = {"original": nats_per_token(original, windows)}
+    found["patched"] = nats_per_token(patched, windows)
+    found |= adapt(patched, original, text_windows(train, config), config, lambda s: print(s))
+    found["adapted"] = nats_per_token(patched, windows)
+    save_patched(patched, out)
+    return found

@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_state(commands)
     _add_data(commands)
     _add_export(commands)
+    _add_adapt(commands)
     _add_import(commands)
     _add_bench(commands)
     _add_ablate(commands)
@@ -170,6 +171,22 @@ def _add_export(commands: Any) -> None:
     export.add_argument("out", type=Path, metavar="DIR", help="new folder")
     export.add_argument("--shard-size", default="5GB", help="most of one file; default: 5GB")
     export.set_defaults(run=do.export)
+
+
+def _add_adapt(commands: Any) -> None:
+    adapt = commands.add_parser(
+        "adapt",
+        help="put vqlm's attention into a model of transformers, and win its quality back",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="  vqlm adapt MODEL --data book.txt --out adapted n_entry=256 minutes=10\n\n"
+        "Every field of PatchConfig (vqlm/patching.py) and AdaptConfig (vqlm/adapt.py) can be set.",
+    )
+    adapt.add_argument("model", type=Path, metavar="MODEL", help="folder of the model")
+    adapt.add_argument("what", nargs="*", metavar="key=value", help="settings")
+    adapt.add_argument("--data", required=True, help="text to adapt on: a file or a folder")
+    adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    adapt.add_argument("--layers", metavar="0,2,...", help="layers to patch; default: all")
+    adapt.set_defaults(run=do.adapt)
 
 
 def _add_data(commands: Any) -> None:

@@ -350,6 +350,29 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": str(args.out)}
 
 
+def adapt(args: argparse.Namespace) -> dict[str, Any]:
+    """``vqlm adapt``: a patched model of transformers, brought back to its quality."""
+    from vqlm.config import override_all
+
+    try:
+        from vqlm import adapt, patching
+    except ImportError as error:
+        raise _lacks("transformers", "hf", error) from error
+    patch_config, config = override_all(
+        _pairs(args.what), patching.PatchConfig(), adapt.AdaptConfig()
+    )
+    if args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f"{args.out} is not empty; give a new folder")
+    layers = None if args.layers is None else [int(i) for i in args.layers.split(",")]
+    found = adapt.run(args.model, args.data, args.out, patch_config, config, layers)
+    print(
+        f"held-out nats per token: {found['original']:.4f} as it was, {found['patched']:.4f} "
+        f"patched, {found['adapted']:.4f} adapted\n{args.out} is ready: "
+        f"vqlm.patched_files.load_patched({str(args.out)!r})"
+    )
+    return {"out": str(args.out), **found}
+
+
 def import_official(args: argparse.Namespace) -> dict[str, Any]:
     """``vqlm import-official``: a run folder that eval and sample can read."""
     from vqlm import checkpoint, convert

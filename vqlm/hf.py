@@ -102,13 +102,12 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = VqlmConfig
     base_model_prefix = "lm"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["Layer"]
+    _no_split_modules = ["Layer"]
 
     def __init__(self, config: VqlmConfig) -> None:
         super().__init__(config)
         self.lm = LM(config.lm_config())
         self._seen: tuple[CodeStats | None, ...] | None = None
-        self._hooked = False
         # Run folders, and what `save_pretrained` writes, have no prefix.
         self.register_load_state_dict_pre_hook(_add_prefix)
         self.post_init()
@@ -122,6 +121,7 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
         """Puts another embedding in its place."""
+        assert isinstance(value, torch.nn.Embedding)
         self.lm.embedding = value
 
     def _set_gradient_checkpointing(
@@ -219,9 +219,7 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
         if not any(stats is not None for stats in seen):
             return
         self._seen = seen if self._seen is None else merge_layers(self._seen, seen)
-        if not self._hooked:
-            _update_after_steps_of(self)
-            self._hooked = True
+        _learning.add(self)
 
     def update_codebooks(self) -> None:
         """Applies what training has seen since the last time.  Called after each optimizer step;
@@ -232,7 +230,7 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
             )
             self._seen = None
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]  (returns nothing there, too)
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -248,7 +246,7 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 model_kwargs["cache"].activate_past_recording()
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  (the rest is in kwargs)
         self, save_directory: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
         """As in transformers, with a model card; the weights have the names of a run folder's."""
@@ -261,7 +259,7 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
             (folder / "README.md").write_text(model_card(self.lm, source), encoding="utf-8")
         super().save_pretrained(save_directory, state_dict=tensors, **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in transformers, with the model card of ``save_pretrained``."""
         with tempfile.TemporaryDirectory() as folder:
             return self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
@@ -274,10 +272,10 @@ def load(folder: str | Path) -> tuple[VqlmForCausalLM, VqlmTokenizer | None]:
         OSError: no such folder, or no model in it.
         ValueError: damaged files.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: VqlmForCausalLM = VqlmForCausalLM.from_pretrained(folder)
     if load_medium(folder).kind != "text":
         return model, None
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, VqlmTokenizer.from_pretrained(folder)
 
 
 def _refuse(unsupported: dict[str, Any]) -> None:
@@ -328,26 +326,22 @@ def _add_prefix(
             state_dict[full] = state_dict.pop(name)
 
 
-def _update_after_steps_of(model: VqlmForCausalLM) -> None:
-    """Has ``update_codebooks`` called after every step of an optimizer of the model's parameters.
+_learning: weakref.WeakSet[VqlmForCausalLM] = weakref.WeakSet()
+"""Models that have gathered statistics in training."""
 
-    A hook on all optimizers, since nobody tells a model which one is its own; it goes with the
-    model.
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Updates the codebooks of the models whose parameters ``optimizer`` holds.
+
+    A hook on all optimizers, since nobody tells a model which one is its own.
     """
-    reference = weakref.ref(model)
-
-    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        owner = reference()
-        if owner is None:
-            handle.remove()
-            return
-        mine = {id(p) for p in owner.parameters()}
+    for model in list(_learning):
+        mine = {id(p) for p in model.parameters()}
         if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-            owner.update_codebooks()
-
-    handle = register_optimizer_step_post_hook(after_step)
+            model.update_codebooks()
 
 
+register_optimizer_step_post_hook(_after_step)
 AutoConfig.register(VqlmConfig.model_type, VqlmConfig)
 AutoModelForCausalLM.register(VqlmConfig, VqlmForCausalLM)
 AutoTokenizer.register(VqlmConfig, tokenizer_class=VqlmTokenizer)

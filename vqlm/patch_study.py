@@ -4,8 +4,9 @@
 
 trains a two-layer model of the family on bytes of text, as it comes out of transformers; patches a
 copy with N = T / 4; distils it (``adapt.py``); and measures all of them on the same held-out text.
-Beside them stands the original trained on for as long again, as a patched model is after it.
-Stages that are done are not repeated.
+With --control the original is also trained on for as long as the patched model.  Minutes are of
+this process's computing, so that other work on the machine doesn't count.  A trained original is
+not trained again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from vqlm.adapt import AdaptConfig, adapt
+from vqlm.adapt import AdaptConfig, adapt, held_out, nats_per_token, recovered
 from vqlm.data import Corpus, Lanes, load_corpus
 from vqlm.optimizers import schedule
 from vqlm.patching import patch
@@ -30,8 +31,10 @@ SEQ_LEN, BATCH_SIZE, PEAK_RATE = 256, 8, 3e-3
 VALIDATION_WINDOWS = 200
 PATCH: dict[str, Any] = {"mixer": "ovq", "chunk": 32, "window": 0}
 
-_SHARED = dict(vocab_size=259, max_position_embeddings=SEQ_LEN, pad_token_id=0, eos_token_id=1)
-_ROTARY = dict(
+_SHARED: dict[str, Any] = dict(
+    vocab_size=259, max_position_embeddings=SEQ_LEN, pad_token_id=0, eos_token_id=1
+)
+_ROTARY: dict[str, Any] = dict(
     hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6,
     num_key_value_heads=2, head_dim=32, tie_word_embeddings=False, bos_token_id=1, **_SHARED,
 )  # fmt: skip
@@ -62,26 +65,6 @@ FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
 }  # fmt: skip
 
 
-def held_out(corpus: Corpus) -> Tensor:
-    """int64 [windows, SEQ_LEN + 1] from the beginning of the validation split."""
-    tokens = torch.from_numpy(corpus.validation.tokens.astype("int64"))
-    n = min(VALIDATION_WINDOWS, (len(tokens) - 1) // SEQ_LEN)
-    return torch.stack([tokens[i * SEQ_LEN : (i + 1) * SEQ_LEN + 1] for i in range(n)])
-
-
-@torch.no_grad()
-def nats_per_byte(model: transformers.PreTrainedModel, windows: Tensor) -> float:
-    """Mean cross-entropy over the windows, each read from its start."""
-    model.eval()
-    total = 0.0
-    for part in windows.split(16):
-        logits = model(part[:, :-1], use_cache=False).logits
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
-        ).item()
-    return total / (windows.shape[0] * (windows.shape[1] - 1))
-
-
 def train(
     model: transformers.PreTrainedModel, corpus: Corpus, minutes: float, peak: float = PEAK_RATE
 ) -> dict[str, Any]:
@@ -89,8 +72,8 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98))
     lanes = Lanes(corpus.train, BATCH_SIZE, SEQ_LEN)
     model.train()
-    began, step = time.monotonic(), 0
-    while (share := (time.monotonic() - began) / (60 * minutes)) < 1:
+    began, step = time.process_time(), 0
+    while (share := (time.process_time() - began) / (60 * minutes)) < 1:
         rate = schedule("cosine", step, 50, share, final_rate=0.05)
         optimizer.param_groups[0]["lr"] = peak * rate
         batch = lanes.next_batch()
@@ -128,9 +111,10 @@ def continued(folder: Path, corpus: Corpus, out: Path, minutes: float) -> Path:
 
 
 def study(family: str, corpus: Corpus, out: Path, minutes: float, control: bool) -> dict[str, Any]:
-    """All stages; the losses, in nats per byte, and what share of the gap was recovered."""
+    """All stages: losses in nats per byte, and what share of the gap was recovered."""
     folder = original(family, corpus, out, minutes)
-    windows = held_out(corpus)
+    tokens = torch.from_numpy(corpus.validation.tokens.astype("int64"))
+    windows = held_out(tokens, SEQ_LEN, VALIDATION_WINDOWS)
 
     def fresh() -> transformers.PreTrainedModel:
         return transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -140,9 +124,9 @@ def study(family: str, corpus: Corpus, out: Path, minutes: float, control: bool)
     found: dict[str, Any] = {
         "family": family,
         "minutes": minutes,
-        "original": nats_per_byte(fresh(), windows),
-        "patched_with_n_of_t": nats_per_byte(whole, windows),
-        "patched": nats_per_byte(few, windows),
+        "original": nats_per_token(fresh(), windows),
+        "patched_with_n_of_t": nats_per_token(whole, windows),
+        "patched": nats_per_token(few, windows),
     }
     print(json.dumps(found), flush=True)
     lanes = Lanes(corpus.train, BATCH_SIZE, SEQ_LEN)
@@ -152,14 +136,15 @@ def study(family: str, corpus: Corpus, out: Path, minutes: float, control: bool)
         return torch.cat([batch.inputs[:, :1], batch.targets], 1)
 
     config = AdaptConfig(minutes=minutes, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
-    found["stages"] = adapt(few, fresh(), next_windows, config, lambda s: print(s, flush=True))
-    found["adapted"] = nats_per_byte(few, windows)
-    gap = found["patched"] - found["original"]
-    found["recovered"] = (found["patched"] - found["adapted"]) / gap
+    found["stages"] = adapt(
+        few, fresh(), next_windows, config, lambda s: print(s, flush=True), time.process_time
+    )
+    found["adapted"] = nats_per_token(few, windows)
+    found["recovered"] = recovered(found["original"], found["patched"], found["adapted"])
     if control:
         more = continued(folder, corpus, out / family / "continued", minutes)
         model = transformers.AutoModelForCausalLM.from_pretrained(more)
-        found["original_trained_on"] = nats_per_byte(model, windows)
+        found["original_trained_on"] = nats_per_token(model, windows)
     (out / family / "study.json").write_text(json.dumps(found, indent=2) + "\n")
     return found
 

@@ -279,8 +279,8 @@ def _family_of(module: nn.Module) -> str:
         if family.projections <= parts <= family.projections | family.optional and not own:
             if getattr(module, "sliding_window", None) is not None:
                 raise ValueError(
-                    f"layer {getattr(module, 'layer_idx', '?')} has a sliding window of its own, so "
-                    "its state is constant already; leave it out of layers"
+                    f"layer {getattr(module, 'layer_idx', '?')} has a window of its own, so its "
+                    "state is constant already; leave it out of layers"
                 )
             return name
     raise ValueError(

@@ -80,7 +80,9 @@ class Prefix(NamedTuple):
             OSError: it can't be written; a file that was there before is untouched.
         """
         tensors = {f"state.{i}": x for i, x in enumerate(self.state.tensors())}
-        tensors = {k: x.detach().cpu().contiguous() for k, x in {**tensors, "last": self.last}.items()}
+        tensors = {
+            k: x.detach().cpu().contiguous() for k, x in {**tensors, "last": self.last}.items()
+        }
         # As wide after ten tokens as after a billion, so that the file keeps its size.
         facts = {"model": fingerprint(model), "n_token": f"{self.n_token:020d}"}
         metadata = {"format": FORMAT, "vqlm": json.dumps(facts)}
