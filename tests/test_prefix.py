@@ -203,4 +203,7 @@ def test_commands(
     refused("needs --text", "state", "extend", "book.state", "--model", "run")
     refused("the text itself", "state", "make", "book.txt", "--model", "run", "--out", "book.txt")
     refused("damaged", "sample", "run", "--state", "book.txt")
+    checkpoint.save_medium(checkpoint.Medium("image", (2, 2, 3)), Path("run"))
+    refused("--state is for text", "sample", "run", "--state", "book.state")
+    checkpoint.save_medium(checkpoint.Medium(), Path("run"))
     refused("missing.state", "sample", "run", "--state", "missing.state")

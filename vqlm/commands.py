@@ -165,7 +165,9 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
     from vqlm.checkpoint import load_medium, load_model
 
     model, medium = load_model(args.run_folder), load_medium(args.run_folder)
-    if medium.kind == "image" and not args.state:
+    if medium.kind == "image" and args.state:
+        raise ValueError(f"{args.run_folder} makes pictures; --state is for text")
+    if medium.kind == "image":
         return _sample_pictures(args, model, medium)
     if args.png or args.complete:
         raise ValueError(f"{args.run_folder} writes text; --png and --complete are for pictures")

@@ -15,7 +15,7 @@ MAX_LENGTH = 65_536
 """Tokens of one request: what fits into memory at once, not what the model can remember."""
 
 
-class VqlmHarness(HFLM):  # type: ignore[misc]  (the harness has no types)
+class VqlmHarness(HFLM):  # type: ignore[misc]
     """The adapter, with one correction: the start symbol is not a token to be predicted.
 
     For whole texts (perplexity tasks) the harness itself puts a start symbol before the tokens, so
@@ -24,12 +24,12 @@ class VqlmHarness(HFLM):  # type: ignore[misc]  (the harness has no types)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each request's text in nats."""
-        before: bool | None = self.add_bos_token
-        self.add_bos_token = False
+        adapter: Any = self
+        before, adapter.add_bos_token = adapter.add_bos_token, False
         try:
             return list(super().loglikelihood_rolling(requests, disable_tqdm))
         finally:
-            self.add_bos_token = before
+            adapter.add_bos_token = before
 
 
 def evaluate_tasks(

@@ -230,7 +230,7 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
             )
             self._seen = None
 
-    def _prepare_cache_for_generation(  # type: ignore[override]  (returns nothing there, too)
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -246,7 +246,7 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 model_kwargs["cache"].activate_past_recording()
 
-    def save_pretrained(  # type: ignore[override]  (the rest is in kwargs)
+    def save_pretrained(  # type: ignore[override]
         self, save_directory: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
         """As in transformers, with a model card; the weights have the names of a run folder's."""

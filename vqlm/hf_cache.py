@@ -141,7 +141,7 @@ class VqlmLayer(StateLayer[LMState]):
         self.record_past = True
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether ``crop`` works: if calls are being recorded."""
         return self.record_past
 

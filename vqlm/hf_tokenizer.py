@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import PreTrainedTokenizer
 
@@ -28,10 +28,10 @@ class VqlmTokenizer(PreTrainedTokenizer):
         ValueError: damaged files, or a model of pictures.
     """
 
-    vocab_files_names: ClassVar[dict[str, str]] = {
+    vocab_files_names = {
         "medium_file": "data.json", "vocab_file": "vocabulary.model",
     }  # fmt: skip
-    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(
         self, medium_file: str | None = None, vocab_file: str | None = None, **kwargs: Any

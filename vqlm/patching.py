@@ -183,9 +183,7 @@ class PatchedAttention(nn.Module):
             out = self._attend(heads, segments, cache, n_token)
         joined = rearrange(out, "b h t v -> b t (h v)").to(hidden_states.dtype)
         projected = getattr(self, FAMILIES[self.family].output)(joined)
-        if self.family == "gpt2":
-            projected = self.resid_dropout(projected)
-        return projected, None
+        return getattr(self, "resid_dropout", nn.Identity())(projected), None
 
     def _attend(
         self, heads: _Heads, segments: Segments, cache: Cache | None, n_token: int
@@ -255,11 +253,12 @@ def real_tokens(mask: Any, n_token: int) -> Bool[Tensor, "B T"] | None:
 
 def _layer_of(cache: Cache, index: int) -> StateLayer[DictionaryState]:
     """The state's place in ``cache``, in place of the keys that the unpatched layer would keep."""
-    if index < len(cache.layers) and isinstance(cache.layers[index], StateLayer):
-        return cache.layers[index]
+    found: Any = cache.layers[index] if index < len(cache.layers) else None
+    if isinstance(found, StateLayer):
+        return found
     made: StateLayer[DictionaryState] = StateLayer()
-    if index < len(cache.layers):
-        if cache.layers[index].get_seq_length():
+    if found is not None:
+        if found.get_seq_length():
             raise ValueError(
                 f"layer {index} of the cache was filled by an unpatched model; start from an empty "
                 "cache"
