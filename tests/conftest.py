@@ -12,6 +12,9 @@ from jaxtyping import install_import_hook
 # Before anything imports vqlm: from here on the axes in its signatures are checked at each call.
 install_import_hook("vqlm", "beartype.beartype")
 
+# No test asks a hub for anything; without this some libraries would try, and wait.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # pytest-xdist runs one process per core; more threads in each would only get in the way.
 torch.set_num_threads(1)
 

@@ -29,6 +29,9 @@ from vqlm.vocabulary import BYTES, MODEL_FILE, Vocabulary, load_vocabulary
 
 MODEL_TYPE = "vqlm"
 
+SHARD_INDEX = "model.safetensors.index.json"
+"""How transformers names the parts of weights that it saves in several files."""
+
 MODEL_FILES = ("config.json", "model.safetensors", "data.json", MODEL_FILE)
 
 _TRAINER_KEYS = ("step", "train", "data", "fingerprint", "lanes", "progress")
@@ -75,7 +78,8 @@ def load_medium(folder: str | Path) -> Medium:
     return Medium(kind, None if shape is None else (height, width, channels), loaded)
 
 
-def _save_medium(medium: Medium, folder: Path) -> None:
+def save_medium(medium: Medium, folder: Path) -> None:
+    """Leaves ``folder``, which must exist, such that ``load_medium`` finds ``medium``."""
     facts = {
         "kind": medium.kind,
         "picture_shape": medium.picture_shape,
@@ -89,7 +93,7 @@ def save_model(model: LM, folder: Path, medium: Medium | None = None) -> None:
     """Writes ``config.json``, ``model.safetensors`` and what is in ``medium`` into ``folder``,
     which must exist."""
     if medium is not None:
-        _save_medium(medium, folder)
+        save_medium(medium, folder)
     fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(model.config)}
     _write(folder / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
     _write(folder / "model.safetensors", safetensors.torch.save(_on_cpu(model.state_dict())))
@@ -106,19 +110,20 @@ def load_model(path: str | Path) -> LM:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give a run folder (vqlm train --out)")
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
-    for file in (config_path, weights_path):
+    shards = folder / SHARD_INDEX
+    for file in (config_path, shards if shards.is_file() else weights_path):
         if not file.is_file():
             raise FileNotFoundError(
                 f"{folder} has no {file.name}: not a run folder, or its training stopped before "
                 "the first checkpoint"
             )
     model = LM(read_config(config_path))
-    load_weights(model, weights_path)
+    load_weights(model, shards if shards.is_file() else weights_path)
     return model.eval()
 
 
 def read_config(path: Path) -> LMConfig:
-    """The ``LMConfig`` in a ``config.json``.
+    """The ``LMConfig`` in a ``config.json``, of a run folder or written by transformers.
 
     Raises:
         ValueError: not JSON, another model type, or settings that ``LMConfig`` refuses.
@@ -127,6 +132,9 @@ def read_config(path: Path) -> LMConfig:
     kind = fields.pop("model_type", None)
     if kind != MODEL_TYPE:
         raise ValueError(f"{path}: model_type is {kind!r}, wanted {MODEL_TYPE!r}")
+    if "transformers_version" in fields:  # it writes much of its own beside our settings
+        known = {field.name for field in dataclasses.fields(LMConfig)}
+        fields = {name: value for name, value in fields.items() if name in known}
     try:
         return from_dict(LMConfig, fields)
     except ValueError as error:
@@ -134,12 +142,12 @@ def read_config(path: Path) -> LMConfig:
 
 
 def load_weights(model: LM, path: Path) -> None:
-    """Loads ``model.safetensors`` into ``model``.
+    """Loads ``model.safetensors``, or all the files that ``SHARD_INDEX`` names, into ``model``.
 
     Raises:
         ValueError: a damaged file, or tensors that are missing, left over or of another shape.
     """
-    tensors = _read_tensors(path)
+    tensors = _read_shards(path) if path.name == SHARD_INDEX else _read_tensors(path)
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or name not in wanted:
@@ -289,6 +297,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load(path.read_bytes())
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        names = sorted({Path(name).name for name in _read_json(index)["weight_map"].values()})
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= _read_tensors(index.with_name(name))
+    except (KeyError, AttributeError, TypeError, FileNotFoundError) as error:
+        raise ValueError(f"{index} or a file that it names is damaged: {error!r}") from error
+    return tensors
 
 
 def _read_json(path: Path) -> dict[str, Any]:

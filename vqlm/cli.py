@@ -146,8 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vqlm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        _add_train, _add_eval, _add_sample, _add_report, _add_play, _add_data, _add_import,
-        _add_bench, _add_ablate, _add_demo, _add_env, _add_completion,
+        _add_train, _add_eval, _add_sample, _add_state, _add_report, _add_play, _add_data,
+        _add_export, _add_adapt, _add_import, _add_bench, _add_ablate, _add_demo, _add_env,
+        _add_completion,
     ):  # fmt: skip
         add(commands)
     for command in commands.choices.values():
@@ -194,7 +195,7 @@ def _add_train(commands: Any) -> None:
 
 def _add_eval(commands: Any) -> None:
     evaluation = _command(
-        commands, "eval", "bits per byte of a whole split",
+        commands, "eval", "bits per byte of a whole split, or tasks of lm-evaluation-harness",
         "  vqlm eval runs/book                        the test split of what it was trained on\n"
         "  vqlm eval runs/book/best --split validation --json\n"
         "  vqlm eval runs/book --data other.txt",
@@ -209,6 +210,12 @@ def _add_eval(commands: Any) -> None:
         "--context", type=int, help="forget everything after so many tokens; default: carry on"
     )
     evaluation.add_argument("--batch-size", type=int, default=16, help="documents side by side")
+    evaluation.add_argument(
+        "--tasks", help="names of lm-evaluation-harness, with commas; instead of a split"
+    )
+    evaluation.add_argument("--include", type=Path, metavar="DIR", help="task files of your own")
+    evaluation.add_argument("--limit", type=int, help="examples of each task; default: all")
+    evaluation.add_argument("--fewshot", type=int, help="examples shown before each question")
     evaluation.set_defaults(run=do.evaluate)
 
 
@@ -237,6 +244,9 @@ def _add_sample(commands: Any) -> None:
         "--complete", action="store_true",
         help="pictures: give the upper halves of test pictures, and have the lower ones made",
     )  # fmt: skip
+    sample.add_argument(
+        "--state", type=Path, metavar="FILE", help="go on from there (vqlm state make)"
+    )
     sample.add_argument("--data", help="where test pictures are; default: what was trained on")
     sample.set_defaults(run=do.sample)
 
@@ -284,6 +294,47 @@ def _add_play(commands: Any) -> None:
         "--max-streams", type=int, default=32, help="requests at work at a time (%(default)s)"
     )
     play.set_defaults(run=do.play)
+
+
+def _add_state(commands: Any) -> None:
+    state = _command(
+        commands, "state", "what a model remembers of a long prompt, as a file",
+        "  vqlm state make BOOK.txt --model RUN               writes BOOK.state\n"
+        "  vqlm sample RUN --state BOOK.state --prompt 'And so '\n"
+        "  vqlm state extend BOOK.state --text MORE.txt --model RUN --out BOTH.state\n"
+        "  vqlm state show BOOK.state",
+    )  # fmt: skip
+    state.add_argument("action", choices=("make", "extend", "show"))
+    state.add_argument("path", type=Path, metavar="FILE", help="the text to read, or a state")
+    state.add_argument("--model", type=Path, metavar="RUN", help="run folder")
+    state.add_argument("--text", type=Path, metavar="FILE", help="extend: the text to read on")
+    state.add_argument("--out", type=Path, metavar="FILE", help="default: FILE, ending in .state")
+    state.set_defaults(run=do.state)
+
+
+def _add_export(commands: Any) -> None:
+    export = _command(
+        commands, "export", "a run as a folder of transformers, with a card",
+        "  vqlm export runs/book exported             then AutoModelForCausalLM takes exported",
+    )  # fmt: skip
+    export.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    export.add_argument("out", type=Path, metavar="DIR", help="new folder")
+    export.add_argument("--shard-size", default="5GB", help="most of one file; default: 5GB")
+    export.set_defaults(run=do.export)
+
+
+def _add_adapt(commands: Any) -> None:
+    adapt = _command(
+        commands, "adapt", "put vqlm's attention into a model of transformers, and train it",
+        "  vqlm adapt MODEL --data book.txt --out adapted n_entry=256 minutes=10",
+        "Every field of PatchConfig (vqlm/patching.py) and AdaptConfig (vqlm/adapt.py) can be set.",
+    )  # fmt: skip
+    adapt.add_argument("model", type=Path, metavar="MODEL", help="folder of the model")
+    adapt.add_argument("what", nargs="*", metavar="key=value", help="settings")
+    adapt.add_argument("--data", required=True, help="text to adapt on: a file or a folder")
+    adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    adapt.add_argument("--layers", metavar="0,2,...", help="layers to patch; default: all")
+    adapt.set_defaults(run=do.adapt)
 
 
 def _add_data(commands: Any) -> None:

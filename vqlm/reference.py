@@ -14,6 +14,7 @@ distance d.  Without the cache only keys with t - s <= M are attended to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -189,4 +190,61 @@ def _ovq_merge(
             best = similar.index(max(similar))
             key_sum, value_sum, count = merged[best]
             merged[best] = (key_sum + k[i], value_sum + v[i], count + 1)
+    return merged
+
+
+def dictionary_attention_token_by_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    n_entry: int,
+    chunk: int,
+    window: int,
+    dictionary_size: Callable[[int, int], int],
+) -> Tensor:
+    """Attention over a dictionary for keys of any size, of one sequence from its start.
+
+    q [H, T, K], k [G, T, K], v [G, T, V]; ``window`` is a multiple of ``chunk``.  A chunk is filed
+    when a token comes in that is ``window`` + 1 or more tokens after its end.  Returns [H, T, V].
+    """
+    share = q.shape[0] // k.shape[0]
+    heads = []
+    for h in range(q.shape[0]):
+        keys, values = k[h // share], v[h // share]
+        entries: list[list[int]] = []  # the tokens of each
+        rows, n_filed = [], 0
+        for t in range(q.shape[1]):
+            if t % chunk == 0 and t - n_filed >= window + chunk:
+                members = list(range(n_filed, n_filed + chunk))
+                n_filed += chunk
+                wanted = max(len(entries), dictionary_size(n_filed, n_entry))
+                entries = _file_by_distance(entries, members, keys.detach(), wanted)
+            scores = [scale * q[h, t] @ keys[m].mean(0) + math.log(len(m)) for m in entries]
+            scores += [scale * q[h, t] @ keys[j] for j in range(n_filed, t + 1)]
+            found = [values[m].mean(0) for m in entries]
+            found += [values[j] for j in range(n_filed, t + 1)]
+            rows.append(torch.stack(scores).softmax(0) @ torch.stack(found))
+        heads.append(torch.stack(rows))
+    return torch.stack(heads)
+
+
+def _file_by_distance(
+    entries: list[list[int]], members: list[int], keys: Tensor, wanted: int
+) -> list[list[int]]:
+    """The chunk's farthest keys become entries, the others join the nearest mean."""
+    means = [keys[m].mean(0) for m in entries]
+    novelty = []
+    for position, i in enumerate(members):
+        others = means + [keys[j] for j in members[:position]]
+        distances = [(keys[i] - other).square().sum().item() for other in others]
+        novelty.append(min(distances, default=float("inf")))
+    order = sorted(range(len(members)), key=lambda position: (-novelty[position], position))
+    founders = sorted(members[p] for p in order[: wanted - len(entries)])
+    merged = [list(m) for m in entries] + [[i] for i in founders]
+    candidates = means + [keys[i] for i in founders]
+    for i in members:
+        if i not in founders:
+            distances = [(keys[i] - c).square().sum().item() for c in candidates]
+            merged[distances.index(min(distances))].append(i)
     return merged

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from vqlm.model import LM
+from vqlm.model import LM, LMState
+from vqlm.prefix import Prefix
 from vqlm.vocabulary import BYTES, END, N_SPECIAL, Vocabulary
 
 
@@ -23,9 +24,11 @@ def stream_text(
     top_p: float = 1.0,
     seed: int | None = None,
     vocabulary: Vocabulary = BYTES,
+    prefix: Prefix | None = None,
 ) -> Iterator[str]:
     """Continues ``prompt`` (which may be empty) by up to ``n_token`` tokens, piece by piece.
 
+    ``prefix``: what was read before the prompt; None: a document begins with the prompt.
     Ends early where the model ends the document.  Bytes that are no UTF-8 become U+FFFD.
 
     Raises:
@@ -33,9 +36,10 @@ def stream_text(
     """
     if n_token < 0:
         raise ValueError(f"n_token={n_token}, but it must be 0 or more")
+    rows, state = _begin(model, [prompt], vocabulary, prefix)
     tokens = model.stream(
-        _prompt(model, [prompt], vocabulary), n_token,
-        temperature=temperature, top_p=top_p, generator=_generator(model, seed),
+        rows, n_token, temperature=temperature, top_p=top_p, generator=_generator(model, seed),
+        state=state,
     )  # fmt: skip
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token, _ in tokens:
@@ -58,6 +62,7 @@ def sample_texts(
     top_p: float = 1.0,
     seed: int | None = None,
     vocabulary: Vocabulary = BYTES,
+    prefix: Prefix | None = None,
 ) -> list[str]:
     """``count`` continuations of one prompt, made side by side, without the prompt; as
     ``stream_text`` otherwise.
@@ -67,10 +72,11 @@ def sample_texts(
     """
     if n_token < 1 or count < 1:
         raise ValueError(f"n_token={n_token} and count={count}, but both must be at least 1")
-    rows = _prompt(model, [prompt] * count, vocabulary)
+    rows, state = _begin(model, [prompt] * count, vocabulary, prefix)
     tokens = model.stream(
-        rows, n_token, temperature=temperature, top_p=top_p, generator=_generator(model, seed)
-    )
+        rows, n_token, temperature=temperature, top_p=top_p, generator=_generator(model, seed),
+        state=state,
+    )  # fmt: skip
     drawn = torch.stack([token for token, _ in tokens], 1).tolist()
     cut = [row[: row.index(END)] if END in row else row for row in drawn]
     return [vocabulary.decode(row).decode("utf-8", "replace") for row in cut]
@@ -117,6 +123,17 @@ def sample_pictures(
         progress(len(made), size - known.shape[1])
     drawn = (torch.stack(made, 1).cpu().numpy() - N_SPECIAL).astype(np.uint8)
     return np.concatenate([known, drawn], 1).reshape(count, *shape)
+
+
+def _begin(
+    model: LM, prompts: list[bytes], vocabulary: Vocabulary, prefix: Prefix | None
+) -> tuple[Tensor, LMState | None]:
+    """Prompts of one length as ids, and the state that they are read after."""
+    rows = _prompt(model, prompts, vocabulary)
+    if prefix is None:
+        return rows, None
+    forks = prefix.forked(len(prompts))
+    return forks.start(rows[:, 1:]), forks.state
 
 
 def _prompt(model: LM, prompts: list[bytes], vocabulary: Vocabulary) -> Tensor:
