@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "vqlm"
 # of what lies below it, so training is not part of what `import vqlm` loads.
 ROWS = [
     {"reference", "config", "codebook", "segments", "vocabulary", "compressors", "sampling"},
-    {"layers", "data"},
+    {"layers", "data", "chunks", "dictionary"},
+    {"ovq_kernel"},
     {"vq", "softmax", "ovq", "prepared"},
     {"vq_parallel"},
     {"model", "pictures", "download"},

@@ -15,7 +15,9 @@ MIXERS = ("vq", "softmax", "window", "ovq")
 LAYERS = ("swiglu", "gau")
 PRECISIONS = ("float32", "bfloat16")
 CODEBOOK_STARTS = ("random", "kmeans")
-GROWTHS = ("plateau", "exponential", "eager")
+GROWTHS = ("plateau", "exponential", "eager", "linear")
+FOUNDERS = ("spread", "random", "first", "kmeans++")
+ENTRY_READS = ("renormalised", "mean", "gmr")
 OPTIMIZERS = ("adamw", "lion", "adafactor")
 SCHEDULES = ("cosine", "inverse_sqrt", "linear", "constant")
 
@@ -57,7 +59,15 @@ class LMConfig:
     chunk: int = 128
     """Tokens L that an "ovq" mixer keeps one by one before it files them; outputs depend on it."""
     growth: str = "plateau"
-    """How the dictionary of an "ovq" mixer grows: "plateau", "exponential" or "eager"."""
+    """How the dictionary of an "ovq" mixer grows: "plateau", "exponential", "eager", "linear"."""
+    growth_span: int = 16384
+    """Tokens after which a dictionary of "linear" growth has all its entries."""
+    founders: str = "spread"
+    """Which tokens become entries: "spread", "random", "first", "kmeans++" (dictionary.py)."""
+    entry_rate: float | None = None
+    """Rate at which an entry moves towards what joins it; None: 1 / count, the paper's."""
+    entry_read: str = "renormalised"
+    """How queries read entries: "renormalised" mean key, "mean", "gmr" (Gaussian density)."""
     mixers: tuple[str, ...] = ("vq",)
     """Kinds of mixer, tiled over the layers: ("window", "vq") alternates."""
     layer: str = "swiglu"
@@ -90,7 +100,7 @@ class LMConfig:
         for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_k", "d_v", "n_code"):
             _require(self, name, getattr(self, name) >= 1, "a whole number of at least 1")
         _require(self, "n_entry", self.n_entry >= 1, "a whole number of at least 1")
-        for name in ("window", "block", "chunk"):
+        for name in ("window", "block", "chunk", "growth_span"):
             _require(self, name, getattr(self, name) >= 1, "a number of tokens, at least 1")
         for name in ("d_ff", "n_kv_head"):
             value = getattr(self, name)
@@ -108,6 +118,10 @@ class LMConfig:
             require_known("mixer", mixer, MIXERS)
         require_known("layer", self.layer, LAYERS)
         require_known("growth", self.growth, GROWTHS)
+        require_known("founders", self.founders, FOUNDERS)
+        require_known("entry_read", self.entry_read, ENTRY_READS)
+        rate = self.entry_rate
+        _require(self, "entry_rate", rate is None or 0 < rate < 1, "in (0, 1), or None")
 
     @property
     def kv_heads(self) -> int:
