@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 MIXERS = ("vq", "softmax", "window", "ovq")
 LAYERS = ("swiglu", "gau")
 PRECISIONS = ("float32", "bfloat16")
+POSITIONS = ("relative", "rotary")
 CODEBOOK_STARTS = ("random", "kmeans")
 GROWTHS = ("plateau", "exponential", "eager", "linear")
 FOUNDERS = ("spread", "random", "first", "kmeans++")
@@ -85,7 +86,12 @@ class LMConfig:
     absolute_position: bool = False
     """Whether scaled sinusoids of the position in the document are added to the embedding."""
     position_base: float = 1e5
-    """Longest wavelength of the sinusoids over 2 pi, in tokens."""
+    """Longest wavelength of the sinusoids, and of rotary positions, over 2 pi, in tokens."""
+    positions: str = "relative"
+    """"relative": the Transformer-XL bias in every mixer but "ovq", which has no positions;
+    "rotary": rotary positions in "window" mixers and none in the others."""
+    conv_width: int = 1
+    """Tokens that the short causal convolution of each mixer's input spans; 1: there is none."""
     dropout_embedding: float = 0.0
     """Probability of dropping an element of the embedded input."""
     dropout_sinusoid: float = 0.0
@@ -100,7 +106,7 @@ class LMConfig:
         for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_k", "d_v", "n_code"):
             _require(self, name, getattr(self, name) >= 1, "a whole number of at least 1")
         _require(self, "n_entry", self.n_entry >= 1, "a whole number of at least 1")
-        for name in ("window", "block", "chunk", "growth_span"):
+        for name in ("window", "block", "chunk", "growth_span", "conv_width"):
             _require(self, name, getattr(self, name) >= 1, "a number of tokens, at least 1")
         for name in ("d_ff", "n_kv_head"):
             value = getattr(self, name)
@@ -117,6 +123,9 @@ class LMConfig:
         for mixer in self.mixers:
             require_known("mixer", mixer, MIXERS)
         require_known("layer", self.layer, LAYERS)
+        require_known("positions", self.positions, POSITIONS)
+        even = self.positions != "rotary" or self.d_k % 2 == 0
+        _require(self, "d_k", even, "even, for rotary positions")
         require_known("growth", self.growth, GROWTHS)
         require_known("founders", self.founders, FOUNDERS)
         require_known("entry_read", self.entry_read, ENTRY_READS)
