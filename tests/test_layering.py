@@ -21,7 +21,7 @@ ROWS = [
     {"vq_parallel"},
     {"model", "pictures", "download"},
     {"evaluate", "sample", "checkpoint", "prepare", "convert", "optimizers", "official_files"},
-    {"runlog"},
+    {"runlog", "fidelity"},
     {"__init__"},
     {"train", "bench"},
     {"presets"},

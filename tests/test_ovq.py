@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from vqlm import config, dictionary
-from vqlm.config import ENTRY_READS, FOUNDERS, GROWTHS, LMConfig
+from vqlm.config import ENTRY_READS, FILINGS, FOUNDERS, GROWTHS, LMConfig
 from vqlm.dictionary import Rules, dictionary_size, noise
 from vqlm.ovq import OVQAttention, OVQState, initial_state, ovq_attention
 from vqlm.reference import OVQChoices, ovq_attention_token_by_token
@@ -57,8 +57,9 @@ class Case(AttentionCase):
 
 rules = st.builds(
     Rules, st.sampled_from(GROWTHS), st.integers(1, 40), st.sampled_from(FOUNDERS),
-    st.sampled_from([None, 0.05, 0.9]), st.sampled_from(ENTRY_READS), st.integers(0, 9),
-)  # fmt: skip
+    st.sampled_from(FILINGS), st.sampled_from([None, 0.05, 0.9]), st.sampled_from(ENTRY_READS),
+    st.integers(0, 9),
+).map(lambda r: r._replace(rate=None) if r.filing == "merge" else r)  # fmt: skip
 
 
 @st.composite
@@ -91,7 +92,7 @@ def run_oracle(case: Case, x: dict[str, Tensor]) -> Tensor:
     draws = noise(torch.tensor([0]), HEADS[case.heads][1], case.n_token, case.rules.seed)[0]
     choices = OVQChoices(
         case.n_entry, case.chunk, size, case.rules.read, case.rules.rate, case.rules.founders,
-        draws,
+        case.rules.filing, draws,
     )  # fmt: skip
     rows = []
     for b in range(BATCH):
@@ -138,7 +139,9 @@ def test_grid_of_cases(heads: str, growth: str, n_entry: int) -> None:
 @pytest.mark.parametrize("starts", [(), (9,)])
 def test_every_rule(read: str, founders: str, starts: tuple[int, ...]) -> None:
     rate = 0.2 if starts else None
-    case = Case("grouped", 9, 4, 37, Rules("eager", 20, founders, rate, read, 5), (14,), starts)
+    case = Case(
+        "grouped", 9, 4, 37, Rules("eager", 20, founders, "join", rate, read, 5), (14,), starts
+    )
     assert_close(
         output_and_gradients(run_fast, case), output_and_gradients(run_oracle, case), **EXACT
     )
@@ -253,7 +256,25 @@ def test_an_unknown_growth_is_refused() -> None:
         LMConfig(growth="plato")
 
 
-@pytest.mark.parametrize("rules", [Rules(founders="none"), Rules(read="no"), Rules(rate=1.5)])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("growth", ["eager", "plateau"])
+def test_merging(heads: str, growth: str) -> None:
+    case = Case(heads, 9, 4, 37, Rules(growth, filing="merge"), (14, 15), (9,), 3)
+    assert_close(
+        output_and_gradients(run_fast, case), output_and_gradients(run_oracle, case), **EXACT
+    )
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules(founders="none"),
+        Rules(read="no"),
+        Rules(rate=1.5),
+        Rules(filing="?"),
+        Rules(filing="merge", rate=0.1),
+    ],
+)
 def test_rules_that_do_not_exist_are_refused(rules: Rules) -> None:
     with pytest.raises(ValueError, match="unknown|rate"):
         rules.check()

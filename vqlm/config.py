@@ -18,6 +18,7 @@ POSITIONS = ("relative", "rotary")
 CODEBOOK_STARTS = ("random", "kmeans")
 GROWTHS = ("plateau", "exponential", "eager", "linear")
 FOUNDERS = ("spread", "random", "first", "kmeans++")
+FILINGS = ("join", "merge")
 ENTRY_READS = ("renormalised", "mean", "gmr")
 OPTIMIZERS = ("adamw", "lion", "adafactor")
 SCHEDULES = ("cosine", "inverse_sqrt", "linear", "constant")
@@ -65,6 +66,9 @@ class LMConfig:
     """Tokens after which a dictionary of "linear" growth has all its entries."""
     founders: str = "spread"
     """Which tokens become entries: "spread", "random", "first", "kmeans++" (dictionary.py)."""
+    filing: str = "join"
+    """How an "ovq" mixer makes room: "join", the paper's: what founds no entry joins one;
+    "merge": entries and tokens alike are merged where it costs least (dictionary.py)."""
     entry_rate: float | None = None
     """Rate at which an entry moves towards what joins it; None: 1 / count, the paper's."""
     entry_read: str = "renormalised"
@@ -128,9 +132,12 @@ class LMConfig:
         _require(self, "d_k", even, "even, for rotary positions")
         require_known("growth", self.growth, GROWTHS)
         require_known("founders", self.founders, FOUNDERS)
+        require_known("filing", self.filing, FILINGS)
         require_known("entry_read", self.entry_read, ENTRY_READS)
         rate = self.entry_rate
         _require(self, "entry_rate", rate is None or 0 < rate < 1, "in (0, 1), or None")
+        means = rate is None or self.filing == "join"
+        _require(self, "entry_rate", means, "None if filing is 'merge'")
 
     @property
     def kv_heads(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vqlm.config import LMConfig, require_known
+from vqlm.config import FILINGS, LMConfig, require_known
 
 Sizes = Int[Tensor, " B"]
 
@@ -172,6 +172,8 @@ class Rules(NamedTuple):
     """Tokens after which "linear" growth has come to N."""
     founders: str = "spread"
     """A key of ``FOUNDERS``."""
+    filing: str = "join"
+    """"join": what founds no entry joins the most similar one; "merge": see ``merge``."""
     rate: float | None = None
     """How far an entry moves towards what is filed under it; None: 1 / count, so that it is the
     mean of all that ever was.  A number r: n tokens move it by a share of 1 - (1 - r)^n."""
@@ -184,16 +186,20 @@ class Rules(NamedTuple):
     def of(cls, config: LMConfig) -> Rules:
         """Those of a model."""
         return cls(
-            config.growth, config.growth_span, config.founders, config.entry_rate, config.entry_read
-        )
+            config.growth, config.growth_span, config.founders, config.filing, config.entry_rate,
+            config.entry_read,
+        )  # fmt: skip
 
     def check(self) -> None:
-        """Raises ValueError for an unknown name or a rate outside (0, 1)."""
+        """Raises ValueError for an unknown name, or a rate that there can't be."""
         require_known("growth", self.growth, GROWTH)
         require_known("founders", self.founders, FOUNDERS)
+        require_known("filing", self.filing, FILINGS)
         require_known("read", self.read, READS)
         if self.rate is not None and not 0 < self.rate < 1:
             raise ValueError(f"rate={self.rate}, but it must be in (0, 1), or None for 1 / count")
+        if self.rate is not None and self.filing == "merge":
+            raise ValueError(f"rate={self.rate}, but filing='merge' wants means; use rate=None")
 
     def size(self, n_token: Sizes, n_entry: int) -> Sizes:
         """``dictionary_size`` by these rules."""
@@ -236,3 +242,40 @@ def assign(
     best_new, new = to_new.max(-1)
     entry = torch.where(best_new > best, n_used[:, None, None] + new, entry)
     return torch.where(founds, n_used[:, None, None] + founds.cumsum(-1) - 1, entry)
+
+
+def merge(
+    key: Float[Tensor, "B G L K"],
+    mean: Float[Tensor, "B G N K"],
+    count: Float[Tensor, "B G N"],
+    n_used: Int[Tensor, " B"],
+    n_new: Int[Tensor, " B"],
+) -> tuple[Int[Tensor, "B G N"], Int[Tensor, "B G L"]]:
+    """Where each old entry and each token of a full chunk goes, if both may be merged.
+
+    Of all of them, entries first, those whose merger with an earlier one costs least are merged
+    with it, as many as must be for ``n_used + n_new`` to remain.  The cost is Ward's (1963), by
+    which the sum of squared distances to the means grows: |m - m'|^2 c c' / (c + c').  Whoever
+    merges with one that merges goes where that goes.  Entries keep their order, without gaps;
+    what is unused stays where it is.  ``mean``, ``count``: as ``mean`` of ``assign``.
+    """
+    n_old, chunk = mean.shape[2], key.shape[2]
+    m = torch.cat([mean, key], 2)
+    square, one = m.square().sum(-1, keepdim=True), torch.ones_like(m[..., :1])
+    cost = torch.cat([-2 * m, square, one], -1) @ torch.cat([m, one, square], -1).mT
+    share = torch.cat([count, torch.ones_like(key[..., 0])], -1).clamp(min=1).reciprocal()
+    cost /= share[..., None] + share[..., None, :]
+    index = torch.arange(n_old + chunk, device=key.device)
+    unused = ((index >= n_used[:, None]) & (index < n_old))[:, None]
+    cost.masked_fill_(index >= index[:, None], torch.inf)
+    if bool(unused.any()):
+        cost.masked_fill_(unused[..., None] | unused[..., None, :], torch.inf)
+    least, partner = cost.min(-1)
+    gone = _lowest(least, chunk - n_new)
+    target = torch.where(gone, partner, index)
+    # Partners are earlier, so pointers end; each round doubles how far they have been followed.
+    for _ in range(len(index).bit_length()):
+        target = target.gather(-1, target)
+    place = (~gone & ~unused).cumsum(-1) - 1
+    place = torch.where(unused, index, place.gather(-1, target))
+    return place[..., :n_old], place[..., n_old:]

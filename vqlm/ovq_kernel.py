@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqlm.chunks import Chunk
-from vqlm.dictionary import READS, Read, Rules, assign, mean_of
+from vqlm.dictionary import READS, Read, Rules, assign, mean_of, merge
 
 
 class Sums(NamedTuple):
@@ -60,6 +60,8 @@ class Sums(NamedTuple):
 class _Filing(NamedTuple):
     """How a chunk goes into a dictionary: sums' = keep * sums + the tokens times ``weight``."""
 
+    moved: Int[Tensor, " MN"] | None
+    """Index of the entry that each old one becomes part of; None: itself."""
     at: Int[Tensor, " ML"]
     """Index of each token's entry among all M n of them."""
     counted: Float[Tensor, "M L"] | None
@@ -72,29 +74,42 @@ class _Filing(NamedTuple):
     @classmethod
     def of(
         cls,
-        entry: Int[Tensor, "M L"],
+        place: Int[Tensor, "M places"],
         full: Bool[Tensor, " M"] | None,
         count: Float[Tensor, "M N"],
+        chunk: int,
         rate: float | None,
     ) -> _Filing:
+        """``place``: the entry of each token; before them that of each old entry, or nothing."""
         n_row, n_entry = count.shape
-        row = torch.arange(n_row, device=entry.device)[:, None]
-        at = (entry + n_entry * row).flatten()
+        row = torch.arange(n_row, device=place.device)[:, None]
+        entry, n_old = place[:, -chunk:], place.shape[1] - chunk
+        at, moved = (entry + n_entry * row).flatten(), None
+        if n_old:
+            index = torch.arange(n_entry, device=place.device).repeat(n_row, 1)
+            stays = index[:, :n_old]
+            to = place[:, :n_old]
+            index[:, :n_old] = to if full is None else torch.where(full[:, None], to, stays)
+            moved = (index + n_entry * row).flatten()
         counted = None if full is None else full[:, None].to(count.dtype).expand_as(entry)
         if rate is None:
-            return cls(at, counted, None, counted)
+            return cls(moved, at, counted, None, counted)
         ones = torch.ones_like(entry, dtype=count.dtype) if counted is None else counted
         new = torch.zeros_like(count).scatter_add_(1, entry, ones)
         share = torch.where(count > 0, 1 - (1 - rate) ** new, (new > 0).to(count.dtype))
         total = count + new
         keep = torch.where(count > 0, total * (1 - share) / count.clamp(min=1), 0)
         weight = (total * share / new.clamp(min=1)).gather(1, entry) * ones
-        return cls(at, counted, keep, weight)
+        return cls(moved, at, counted, keep, weight)
 
     def apply_(
         self, sums: Sums, key: Float[Tensor, "M L K"], value: Float[Tensor, "M L V"]
     ) -> None:
         """Files a chunk in ``sums``, in place."""
+        if self.moved is not None:
+            for total in sums:
+                flat = total.view(len(self.moved), -1)
+                flat.copy_(torch.zeros_like(flat).index_add_(0, self.moved, flat))
         for total, x in ((sums.key, key), (sums.value, value)):
             if self.keep is not None:
                 total *= self.keep[..., None]
@@ -112,6 +127,8 @@ class _Filing(NamedTuple):
             d_x = d_x * self.weight[..., None]
         if self.keep is not None:
             d_total *= self.keep[..., None]
+        if self.moved is not None:
+            d_total.copy_(d_total.view(-1, width).index_select(0, self.moved).view_as(d_total))
         return d_x
 
 
@@ -127,10 +144,11 @@ class Call(NamedTuple):
         """Flags of the batch for each of the M = B G heads."""
         return flags.repeat_interleave(self.n_group, 0)
 
-    def filing(self, chunk: Chunk, entry: Tensor, count: Tensor) -> _Filing:
+    def filing(self, chunk: Chunk, place: Tensor, count: Tensor) -> _Filing:
         """How ``chunk`` goes into the dictionary that has ``count``."""
         full = None if chunk.full is None else self.rows(chunk.full)
-        return _Filing.of(entry, full, count, self.rules.rate)
+        n_token = chunk.keys.stop - chunk.keys.start
+        return _Filing.of(place, full, count, n_token, self.rules.rate)
 
     def stretches(self) -> Iterator[range]:
         """Indices of the chunks between two kept dictionaries."""
@@ -182,7 +200,7 @@ class OVQFunction(torch.autograd.Function):
             )
             if chunk.files:
                 sums, owned = sums if owned else sums.copy(sums.count.shape[1]), True
-                entries.append(_entries(view, sums, chunk, call))
+                entries.append(_places(view, sums, chunk, call))
                 call.filing(chunk, entries[-1], sums.count).apply_(sums, view.key, view.value)
         ctx.call, ctx.n_kept = call, len(kept)
         tensors = [x for state in kept for x in state]
@@ -288,11 +306,15 @@ class _View(NamedTuple):
         return (total / norm[..., None]).view(*shape, -1), norm.view(shape)
 
 
-def _entries(view: _View, sums: Sums, chunk: Chunk, call: Call) -> Int[Tensor, "M L"]:
-    """The entry of each token of a chunk that is filed."""
+def _places(view: _View, sums: Sums, chunk: Chunk, call: Call) -> Int[Tensor, "M places"]:
+    """The entry of each token of a chunk that is filed, and of each old entry if these merge."""
     old = sums.first(chunk.most_used)
     mean = mean_of(old.key, old.count)
     key, mean = (x.unflatten(0, (-1, call.n_group)) for x in (view.key, mean))
+    if call.rules.filing == "merge":
+        count = old.count.unflatten(0, (-1, call.n_group))
+        places = merge(key, mean, count, chunk.n_used, chunk.n_new)
+        return torch.cat(places, -1).flatten(0, 1)
     entry = assign(key, mean, chunk.n_used, chunk.position, chunk.n_new, call.rules)
     return entry.flatten(0, 1)
 

@@ -122,6 +122,8 @@ class OVQChoices(NamedTuple):
     """None: 1 / count."""
     founders: str = "spread"
     """Or "first", "random", "kmeans++"."""
+    filing: str = "join"
+    """Or "merge"."""
     draws: Tensor | None = None
     """[G, T] numbers in [0, 1), of which "random" and "kmeans++" take theirs."""
 
@@ -167,7 +169,12 @@ def _ovq_one_head(
         outputs.append(total / norm)
         if len(open_chunk) == choices.chunk:
             wanted = max(len(entries), choices.dictionary_size(t + 1, choices.n_entry))
-            entries = _ovq_file(entries, open_chunk, k, v, wanted - len(entries), g, choices)
+            if choices.filing == "merge":
+                wanted = min(wanted, len(entries) + len(open_chunk))
+                entries += [(k[j], v[j], 1) for j in open_chunk]
+                entries = _ovq_merge(entries, wanted)
+            else:
+                entries = _ovq_file(entries, open_chunk, k, v, wanted - len(entries), g, choices)
             open_chunk = []
     return torch.stack(outputs)
 
@@ -247,3 +254,29 @@ def _ovq_kmeans_plus_plus(
                 known.append(k[i])
                 break
     return sorted(founders)
+
+
+def _ovq_merge(items: list[_Entry], n_left: int) -> list[_Entry]:
+    """Merges those whose merger with an earlier item makes squared distances grow least."""
+    least = []
+    for i, (key, _, count) in enumerate(items):
+        costs = [
+            ((key - other).square().sum() * count * n / (count + n)).item()
+            for other, _, n in items[:i]
+        ]
+        best = min(costs, default=float("inf"))
+        least.append((best, i, costs.index(best) if costs else None))
+    partner = {i: j for _, i, j in sorted(least)[: len(items) - n_left]}
+    roots: dict[int, list[int]] = {}
+    for i in range(len(items)):
+        root = i
+        while root in partner:
+            root = partner[root]
+        roots.setdefault(root, []).append(i)
+    merged = []
+    for members in roots.values():
+        count = sum(items[i][2] for i in members)
+        key = sum(items[i][2] * items[i][0] for i in members) / count
+        value = sum(items[i][2] * items[i][1] for i in members) / count
+        merged.append((key, value, count))
+    return merged
