@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_import(commands)
     _add_bench(commands)
     _add_ablate(commands)
+    _add_recall(commands)
     demo = commands.add_parser("demo", help="train, evaluate, sample and compare in some minutes")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder, made anew")
     demo.set_defaults(run=do.demo)
@@ -183,3 +184,11 @@ def _add_ablate(commands: Any) -> None:
     parser = commands.add_parser("ablate", help="the paper's ablations: tables and plots")
     ablate.add_arguments(parser)
     parser.set_defaults(run=ablate.run)
+
+
+def _add_recall(commands: Any) -> None:
+    from vqlm import recall_study
+
+    parser = commands.add_parser("recall", help="recall tasks: train, and table accuracy by length")
+    recall_study.add_arguments(parser)
+    parser.set_defaults(run=recall_study.run)

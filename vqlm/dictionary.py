@@ -76,7 +76,7 @@ def _spread(c: Candidates, seed: int) -> Bool[Tensor, "B G L"]:
 
 
 def _random(c: Candidates, seed: int) -> Bool[Tensor, "B G L"]:
-    return _lowest(noise(c.position, *c.to_chunk.shape[1:3], seed), c.n_new)
+    return _lowest(noise(c.position, c.to_chunk.shape[1], c.to_chunk.shape[2], seed), c.n_new)
 
 
 def _first(c: Candidates, seed: int) -> Bool[Tensor, "B G L"]:
@@ -86,7 +86,7 @@ def _first(c: Candidates, seed: int) -> Bool[Tensor, "B G L"]:
 
 def _kmeans_plus_plus(c: Candidates, seed: int) -> Bool[Tensor, "B G L"]:
     known = c.to_old.clamp(min=-1)
-    draws = noise(c.position, *c.to_chunk.shape[1:3], seed).to(known.dtype)
+    draws = noise(c.position, c.to_chunk.shape[1], c.to_chunk.shape[2], seed).to(known.dtype)
     founds = torch.zeros_like(known, dtype=torch.bool)
     for step in range(int(c.n_new.max())):
         # |k - m|^2 of vectors of length 1; what is taken isn't taken twice.

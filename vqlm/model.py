@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -204,6 +205,18 @@ class LM(nn.Module):
         length = torch.zeros(batch_size, dtype=torch.long, device=device)
         convs = [layer.conv for layer in self._layers() if layer.has_conv]
         return LMState(layers, length, tuple(conv.init_state(batch_size) for conv in convs))
+
+    def with_entries(self, n_entry: int) -> LM:
+        """A model with the same parameters whose "ovq" dictionaries have ``n_entry`` entries N.
+
+        N is no part of what is learned, so a sequence may be read with another one; a state goes on
+        with the N that it began with.
+        """
+        config = dataclasses.replace(self.config, n_entry=n_entry)
+        with torch.device("meta"):
+            other = type(self)(config)
+        other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        return other.train(self.training)
 
     def state_bytes(self, batch_size: int = 1) -> int:
         """Bytes of the empty state; for "vq" and "window" mixers also after any length."""

@@ -36,11 +36,11 @@ class Sums(NamedTuple):
 
     key: Float[Tensor, "M N K"]
     value: Float[Tensor, "M N V"]
-    count: Float[Tensor, "M N"]
+    counts: Float[Tensor, "M N"]
 
     def first(self, n: int) -> Sums:
         """A view of the first ``n`` entries."""
-        return Sums(self.key[:, :n], self.value[:, :n], self.count[:, :n])
+        return Sums(self.key[:, :n], self.value[:, :n], self.counts[:, :n])
 
     def copy(self, n: int) -> Sums:
         """The first ``n`` entries as a copy, with zeros in those that there are too few of."""
@@ -54,7 +54,7 @@ class Sums(NamedTuple):
     def kept(self, rows: Bool[Tensor, " M"]) -> Sums:
         """With nothing in the dictionaries of the other rows."""
         keep = rows[:, None, None]
-        return Sums(self.key * keep, self.value * keep, self.count * keep[..., 0])
+        return Sums(self.key * keep, self.value * keep, self.counts * keep[..., 0])
 
 
 class _Filing(NamedTuple):
@@ -116,8 +116,8 @@ class _Filing(NamedTuple):
             x = x if self.weight is None else x * self.weight[..., None]
             total.view(-1, x.shape[-1]).index_add_(0, self.at, x.reshape(-1, x.shape[-1]))
         ones = self.counted
-        ones = sums.count.new_ones(self.at.shape) if ones is None else ones.flatten()
-        sums.count.view(-1).index_add_(0, self.at, ones)
+        ones = sums.counts.new_ones(self.at.shape) if ones is None else ones.flatten()
+        sums.counts.view(-1).index_add_(0, self.at, ones)
 
     def pull_back_(self, d_total: Float[Tensor, "M N X"]) -> Float[Tensor, "M L X"]:
         """Gradient of the tokens; makes the gradient of the sums after that of those before."""
@@ -171,7 +171,7 @@ class OVQFunction(torch.autograd.Function):
     """(query, key, value, beta, sums of keys, of values, counts, call) -> (out, sums after)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query: Float[Tensor, "B H Q K"],
         key: Float[Tensor, "B G P K"],
@@ -199,9 +199,9 @@ class OVQFunction(torch.autograd.Function):
                 sums.first(chunk.most_used)
             )
             if chunk.files:
-                sums, owned = sums if owned else sums.copy(sums.count.shape[1]), True
+                sums, owned = sums if owned else sums.copy(sums.counts.shape[1]), True
                 entries.append(_places(view, sums, chunk, call))
-                call.filing(chunk, entries[-1], sums.count).apply_(sums, view.key, view.value)
+                call.filing(chunk, entries[-1], sums.counts).apply_(sums, view.key, view.value)
         ctx.call, ctx.n_kept = call, len(kept)
         tensors = [x for state in kept for x in state]
         ctx.save_for_backward(query, key, value, beta, out, norm, *tensors, *entries)
@@ -212,7 +212,7 @@ class OVQFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, d_out: Tensor, d_key_sum: Tensor, d_value_sum: Tensor, d_count: Tensor
     ) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
@@ -236,15 +236,15 @@ class OVQFunction(torch.autograd.Function):
                 filing = None
                 before = sums.first(chunk.most_used)
                 if chunk.files:
-                    filing = call.filing(chunk, entries[index], sums.count)
-                    before = before.copy(chunk.most_used)
+                    filing = call.filing(chunk, entries[index], sums.counts)
+                    before = Sums(*(x.clone() for x in before))
                     filing.apply_(sums, view.key, view.value)
                 past.append(_Step(chunk, view, before, filing))
             while past:
                 grads.undo_(past.pop(), of_output, call)
         # Entries that were in no use weigh nothing, and no gradient leaves the call through them.
-        index = torch.arange(d_key_sum.shape[2], device=key.device)
-        unused = call.rows(index >= call.chunks[0].n_used[:, None])[..., None]
+        place = torch.arange(d_key_sum.shape[2], device=key.device)
+        unused = call.rows(place >= call.chunks[0].n_used[:, None])[..., None]
         d_sums = [x.masked_fill(unused, 0) for x in (grads.key_sum, grads.value_sum)]
         d_key_sum, d_value_sum = (
             x.view_as(y) for x, y in zip(d_sums, (d_key_sum, d_value_sum), strict=True)
@@ -298,10 +298,10 @@ class _View(NamedTuple):
         weights = self.to_chunk()
         total = weights.mT @ self.value[:, : len(self.allowed)]
         norm = weights.sum(1)
-        if sums.count.shape[1]:
-            weights = self.to_entries(self.read.centre(sums.key, sums.count))
+        if sums.counts.shape[1]:
+            weights = self.to_entries(self.read.centre(sums.key, sums.counts))
             total.baddbmm_(weights.mT, sums.value)
-            norm += torch.bmm(sums.count[:, None], weights)[:, 0]
+            norm += torch.bmm(sums.counts[:, None], weights)[:, 0]
         shape = self.query.shape[:3]
         return (total / norm[..., None]).view(*shape, -1), norm.view(shape)
 
@@ -309,10 +309,10 @@ class _View(NamedTuple):
 def _places(view: _View, sums: Sums, chunk: Chunk, call: Call) -> Int[Tensor, "M places"]:
     """The entry of each token of a chunk that is filed, and of each old entry if these merge."""
     old = sums.first(chunk.most_used)
-    mean = mean_of(old.key, old.count)
+    mean = mean_of(old.key, old.counts)
     key, mean = (x.unflatten(0, (-1, call.n_group)) for x in (view.key, mean))
     if call.rules.filing == "merge":
-        count = old.count.unflatten(0, (-1, call.n_group))
+        count = old.counts.unflatten(0, (-1, call.n_group))
         places = merge(key, mean, count, chunk.n_used, chunk.n_new)
         return torch.cat(places, -1).flatten(0, 1)
     entry = assign(key, mean, chunk.n_used, chunk.position, chunk.n_new, call.rules)
@@ -342,7 +342,7 @@ class _Gradients(NamedTuple):
         e = (inner / norm).reshape(*view.lifted.shape[:2], 1)
         d_total = torch.cat([g, e], -1)
         d_lifted = self._of_chunk_(chunk, view, d_total, call)
-        if before.count.shape[1]:
+        if before.counts.shape[1]:
             d_lifted += self._of_entries_(view, before, d_total)
         self._of_queries_(chunk, view, d_lifted)
         if chunk.fresh is not None:
@@ -373,12 +373,12 @@ class _Gradients(NamedTuple):
         self, view: _View, sums: Sums, d_total: Float[Tensor, "M RW Y"]
     ) -> Float[Tensor, "M RW A"]:
         """Through the dictionary; returns the gradient of what is ``lifted``."""
-        n = sums.count.shape[1]
+        n = sums.counts.shape[1]
         with torch.enable_grad():
             key_sum = sums.key.detach().requires_grad_()
-            centre = view.read.centre(key_sum, sums.count)
+            centre = view.read.centre(key_sum, sums.counts)
         weights = view.to_entries(centre.detach())
-        with_count = torch.cat([sums.value, sums.count[..., None]], -1)
+        with_count = torch.cat([sums.value, sums.counts[..., None]], -1)
         self.value_sum[:, :n].baddbmm_(weights, d_total[..., :-1])
         d_scores = torch.bmm(with_count, d_total.mT).mul_(weights)
         (d_key_sum,) = torch.autograd.grad(centre, key_sum, d_scores @ view.lifted)

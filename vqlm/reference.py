@@ -265,18 +265,18 @@ def _ovq_merge(items: list[_Entry], n_left: int) -> list[_Entry]:
             for other, _, n in items[:i]
         ]
         best = min(costs, default=float("inf"))
-        least.append((best, i, costs.index(best) if costs else None))
+        least.append((best, i, costs.index(best) if costs else i))
     partner = {i: j for _, i, j in sorted(least)[: len(items) - n_left]}
-    roots: dict[int, list[int]] = {}
-    for i in range(len(items)):
+    roots: dict[int, list[_Entry]] = {}
+    for i, item in enumerate(items):
         root = i
         while root in partner:
             root = partner[root]
-        roots.setdefault(root, []).append(i)
+        roots.setdefault(root, []).append(item)
     merged = []
     for members in roots.values():
-        count = sum(items[i][2] for i in members)
-        key = sum(items[i][2] * items[i][0] for i in members) / count
-        value = sum(items[i][2] * items[i][1] for i in members) / count
+        count = sum(n for _, _, n in members)
+        key = torch.stack([n * key for key, _, n in members]).sum(0) / count
+        value = torch.stack([n * value for _, value, n in members]).sum(0) / count
         merged.append((key, value, count))
     return merged
