@@ -5,10 +5,21 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.testing import assert_close
 
 from vqlm.config import LMConfig
-from vqlm.layers import AttentionProjections, Norm, SwiGLU, drop, relative_scores, rms, sinusoid
+from vqlm.layers import (
+    AttentionProjections,
+    Norm,
+    ShortConvolution,
+    SwiGLU,
+    drop,
+    relative_scores,
+    rms,
+    rotate,
+    sinusoid,
+)
 from vqlm.reference import relative_scores_by_distance
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -112,3 +123,36 @@ def test_drop_keeps_the_mean_and_obeys_its_seed() -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert not torch.equal(drop(x, 0.25), drop(x, 0.25))
     assert drop(x, 0.0) is x
+
+
+def test_short_convolution_is_torchs_and_begins_anew_with_a_document() -> None:
+    torch.manual_seed(0)
+    conv = ShortConvolution(5, 3).double()
+    x = torch.randn(2, 11, 5).double()
+    position = torch.tensor([list(range(11)), [*range(4, 8), *range(7)]])
+    recent = torch.randn(2, 2, 5).double()
+    y, after = conv(x, recent, position)
+    kernel = conv.weight.T.flip(1)[:, None]
+
+    def alone(document: Tensor) -> Tensor:
+        return F.conv1d(F.pad(document.T, (2, 0)), kernel, groups=5).T
+
+    assert_close(y[0], alone(x[0]), **EXACT)
+    assert_close(y[1, :4], alone(torch.cat([recent[1], x[1, :4]]))[2:], **EXACT)
+    assert_close(y[1, 4:], alone(x[1, 4:]), **EXACT)
+    assert torch.equal(after, x[:, -2:])
+    _, after = conv(x, recent, position, torch.tensor([1, 0]))
+    assert torch.equal(after, torch.stack([torch.stack([recent[0, 1], x[0, 0]]), recent[1]]))
+
+
+def test_rotated_scores_depend_on_distance_alone() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 6).double(), torch.randn(2, 1, 1, 6).double()
+
+    def score(t: int, s: int) -> Tensor:
+        at = [torch.full((2, 1), position) for position in (t, s)]
+        return (rotate(q, at[0], 30.0) * rotate(k, at[1], 30.0)).sum()
+
+    assert_close(score(9, 4), score(1009, 1004), atol=1e-9, rtol=1e-9)
+    assert (score(9, 4) - score(9, 5)).abs() > 1e-3
+    assert_close(rotate(q, torch.zeros(2, 1).long(), 30.0), q, **EXACT)

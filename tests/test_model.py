@@ -39,6 +39,8 @@ VARIANTS = {
     "tied": dict(tie_embedding=True, final_norm=False, output_scale=0.5),
     "both": dict(absolute_position=True, tie_embedding=True),
     "cacheless": dict(cache=False),
+    "convolved": dict(conv_width=3),
+    "rotary": dict(positions="rotary", conv_width=2, d_k=6, position_base=50.0),
 }
 
 
@@ -49,9 +51,9 @@ def model(
 ) -> LM:  # fmt: skip
     """A tiny model in which every parameter matters; no test may change it."""
     config = LMConfig(
-        vocab_size=VOCAB, n_layer=3 if mixers == "mixed" else 2, d_model=6, d_k=5, d_v=7, d_ff=8,
+        vocab_size=VOCAB, n_layer=3 if mixers == "mixed" else 2, d_model=6, d_v=7, d_ff=8,
         n_code=5, n_entry=4, chunk=3, window=WINDOW, block=BLOCK, mixers=MIXERS[mixers],
-        **(HEADS[heads] | VARIANTS[variant]),
+        **(dict(d_k=5) | HEADS[heads] | VARIANTS[variant]),
     )  # fmt: skip
     torch.manual_seed(0)
     lm = LM(config).double()

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vqlm import reference, vq
+from vqlm import fidelity, reference, vq
 from vqlm.codebook import Codebook
 from vqlm.config import LMConfig
 from vqlm.layers import RelativeBias, rms
@@ -316,7 +316,14 @@ def _short(n: int) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ``run`` reads."""
-    parser.add_argument("what", choices=["attention"], help="attention: attention alone")
+    parser.add_argument(
+        "what", choices=["attention", "fidelity"],
+        help="attention: speed of attention alone; fidelity: error of OVQ's dictionaries",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rules", metavar="KEY=VALUE,...",
+        help="fidelity: rules and sizes of LMConfig to measure; default: a table of variants",
+    )  # fmt: skip
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=list(LENGTHS), metavar="N",
         help="context lengths in tokens (default: 512 to 65536, doubling)",
@@ -342,6 +349,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Times, draws, prints a table and returns all of it."""
+    if args.what == "fidelity":
+        return fidelity.run(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
 

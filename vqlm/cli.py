@@ -147,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _add_train, _add_eval, _add_sample, _add_state, _add_report, _add_play, _add_data,
-        _add_export, _add_adapt, _add_import, _add_bench, _add_ablate, _add_demo, _add_env,
-        _add_completion,
+        _add_export, _add_adapt, _add_import, _add_bench, _add_ablate, _add_recall, _add_demo,
+        _add_env, _add_completion,
     ):  # fmt: skip
         add(commands)
     for command in commands.choices.values():
@@ -393,6 +393,17 @@ def _add_ablate(commands: Any) -> None:
     )  # fmt: skip
     ablate.add_arguments(parser)
     parser.set_defaults(run=ablate.run)
+
+
+def _add_recall(commands: Any) -> None:
+    from vqlm import recall_study
+
+    parser = _command(
+        commands, "recall", "recall tasks: train, and table accuracy by length",
+        "  vqlm recall basic --mixers softmax,window+ovq",
+    )  # fmt: skip
+    recall_study.add_arguments(parser)
+    parser.set_defaults(run=recall_study.run)
 
 
 def _add_demo(commands: Any) -> None:

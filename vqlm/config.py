@@ -14,8 +14,12 @@ from typing import Any, TypeVar
 MIXERS = ("vq", "softmax", "window", "ovq")
 LAYERS = ("swiglu", "gau")
 PRECISIONS = ("float32", "bfloat16", "auto")
+POSITIONS = ("relative", "rotary")
 CODEBOOK_STARTS = ("random", "kmeans")
-GROWTHS = ("plateau", "exponential", "eager")
+GROWTHS = ("plateau", "exponential", "eager", "linear")
+FOUNDERS = ("spread", "random", "first", "kmeans++")
+FILINGS = ("join", "merge")
+ENTRY_READS = ("renormalised", "mean", "gmr")
 OPTIMIZERS = ("adamw", "lion", "adafactor")
 SCHEDULES = ("cosine", "inverse_sqrt", "linear", "constant")
 
@@ -57,7 +61,18 @@ class LMConfig:
     chunk: int = 128
     """Tokens L that an "ovq" mixer keeps one by one before it files them; outputs depend on it."""
     growth: str = "plateau"
-    """How the dictionary of an "ovq" mixer grows: "plateau", "exponential" or "eager"."""
+    """How the dictionary of an "ovq" mixer grows: "plateau", "exponential", "eager", "linear"."""
+    growth_span: int = 16384
+    """Tokens after which a dictionary of "linear" growth has all its entries."""
+    founders: str = "spread"
+    """Which tokens become entries: "spread", "random", "first", "kmeans++" (dictionary.py)."""
+    filing: str = "join"
+    """How an "ovq" mixer makes room: "join", the paper's: what founds no entry joins one;
+    "merge": entries and tokens alike are merged where it costs least (dictionary.py)."""
+    entry_rate: float | None = None
+    """Rate at which an entry moves towards what joins it; None: 1 / count, the paper's."""
+    entry_read: str = "renormalised"
+    """How queries read entries: "renormalised" mean key, "mean", "gmr" (Gaussian density)."""
     mixers: tuple[str, ...] = ("vq",)
     """Kinds of mixer, tiled over the layers: ("window", "vq") alternates."""
     layer: str = "swiglu"
@@ -75,7 +90,12 @@ class LMConfig:
     absolute_position: bool = False
     """Whether scaled sinusoids of the position in the document are added to the embedding."""
     position_base: float = 1e5
-    """Longest wavelength of the sinusoids over 2 pi, in tokens."""
+    """Longest wavelength of the sinusoids, and of rotary positions, over 2 pi, in tokens."""
+    positions: str = "relative"
+    """"relative": the Transformer-XL bias in every mixer but "ovq", which has no positions;
+    "rotary": rotary positions in "window" mixers and none in the others."""
+    conv_width: int = 1
+    """Tokens that the short causal convolution of each mixer's input spans; 1: there is none."""
     dropout_embedding: float = 0.0
     """Probability of dropping an element of the embedded input."""
     dropout_sinusoid: float = 0.0
@@ -90,7 +110,7 @@ class LMConfig:
         for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_k", "d_v", "n_code"):
             _require(self, name, getattr(self, name) >= 1, "a whole number of at least 1")
         _require(self, "n_entry", self.n_entry >= 1, "a whole number of at least 1")
-        for name in ("window", "block", "chunk"):
+        for name in ("window", "block", "chunk", "growth_span", "conv_width"):
             _require(self, name, getattr(self, name) >= 1, "a number of tokens, at least 1")
         for name in ("d_ff", "n_kv_head"):
             value = getattr(self, name)
@@ -107,7 +127,17 @@ class LMConfig:
         for mixer in self.mixers:
             require_known("mixer", mixer, MIXERS)
         require_known("layer", self.layer, LAYERS)
+        require_known("positions", self.positions, POSITIONS)
+        even = self.positions != "rotary" or self.d_k % 2 == 0
+        _require(self, "d_k", even, "even, for rotary positions")
         require_known("growth", self.growth, GROWTHS)
+        require_known("founders", self.founders, FOUNDERS)
+        require_known("filing", self.filing, FILINGS)
+        require_known("entry_read", self.entry_read, ENTRY_READS)
+        rate = self.entry_rate
+        _require(self, "entry_rate", rate is None or 0 < rate < 1, "in (0, 1), or None")
+        means = rate is None or self.filing == "join"
+        _require(self, "entry_rate", means, "None if filing is 'merge'")
 
     @property
     def kv_heads(self) -> int:

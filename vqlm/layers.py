@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vqlm.config import LMConfig
+from vqlm.segments import last_slots
 
 
 def drop(x: Tensor, probability: float, seed: int | None = None) -> Tensor:
@@ -76,6 +77,52 @@ def sinusoid(
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
+def rotate(
+    x: Float[Tensor, "B A T K"], position: Int[Tensor, "B T"], base: float
+) -> Float[Tensor, "B A T K"]:
+    """Rotary positions (Su et al. 2021): pair m, elements m and m + K/2, turned by the angle
+    position * base^(-2m/K), so that a score depends on the distance of query and key alone."""
+    sine, cosine = sinusoid(position, x.shape[-1], base, x.dtype)[:, None].chunk(2, -1)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution of each channel by itself: y_t = sum_i w_i x_(t-i), within a document.
+
+    What it remembers of a stream are its last inputs, ``width`` - 1 of them.
+    """
+
+    def __init__(self, n_channel: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, n_channel).uniform_(-1, 1) / width**0.5)
+
+    def init_state(self, batch_size: int) -> Float[Tensor, "B past D"]:
+        """The empty memory of ``batch_size`` rows."""
+        width, n_channel = self.weight.shape
+        return self.weight.new_zeros(batch_size, width - 1, n_channel)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        recent: Float[Tensor, "B past D"],
+        position: Int[Tensor, "B T"],
+        lengths: Int[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B past D"]]:
+        """The convolved rows, and the memory after them.
+
+        ``position``: of each token in its document; nothing before its start counts.  ``lengths``:
+        real tokens of each row, which come first; None: all.
+        """
+        n_token, past = x.shape[1], recent.shape[1]
+        stream = torch.cat([recent.to(x.dtype), x], 1)
+        y = self.weight[0] * x
+        for i in range(1, past + 1):
+            earlier = stream[:, past - i : past - i + n_token]
+            y = y + self.weight[i] * earlier * (position >= i)[..., None]
+        return y, last_slots(stream, past, n_token, lengths, 1)
+
+
 def relative_scores(
     query: Float[Tensor, "B H L K"], rows: Float[Tensor, "H distances K"]
 ) -> Float[Tensor, "B H L W"]:
@@ -106,10 +153,13 @@ class AttentionProjections(nn.Module):
         self.widths = [groups * k, groups * v, heads * v if config.gated else 0]
         self.query = nn.Linear(config.d_model, heads * k, bias=False)
         self.key_value_gate = nn.Linear(config.d_model, sum(self.widths), bias=False)
-        self.position = nn.Linear(config.d_model, heads * k, bias=False)
+        self.relative = config.positions == "relative"
+        if self.relative:
+            self.position = nn.Linear(config.d_model, heads * k, bias=False)
         self.output = nn.Linear(heads * v, config.d_model, bias=False)
         self.content_bias = nn.Parameter(torch.zeros(heads, k))
-        self.position_bias = nn.Parameter(torch.zeros(heads, k))
+        if self.relative:
+            self.position_bias = nn.Parameter(torch.zeros(heads, k))
         self.scale = k**-0.25
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Projected:
@@ -124,7 +174,13 @@ class AttentionProjections(nn.Module):
         return Projected(query, key, value, gate if self.config.gated else None)
 
     def bias(self, seed: int | None = None) -> RelativeBias:
-        """The relative position bias; its sinusoids pass through ``drop`` with this ``seed``."""
+        """The relative position bias; its sinusoids pass through ``drop`` with this ``seed``.
+
+        Without relative positions, the content bias alone."""
+        if not self.relative:
+            content = self.scale * self.content_bias
+            rows = content.new_zeros(len(content), self.config.window + 1, self.config.d_k)
+            return RelativeBias(content, torch.zeros_like(content), rows)
         distance = torch.arange(self.config.window + 1, device=self.content_bias.device)
         waves = sinusoid(
             distance, self.config.d_model, self.config.position_base, self.content_bias.dtype

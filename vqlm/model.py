@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import LMConfig
-from vqlm.layers import Norm, Projected, SwiGLU, drop, sinusoid
+from vqlm.layers import Norm, Projected, ShortConvolution, SwiGLU, drop, sinusoid
 from vqlm.ovq import OVQAttention, OVQState
 from vqlm.sampling import pick
 from vqlm.segments import Segments
@@ -41,21 +42,23 @@ class LMState(NamedTuple):
     """One state a layer."""
     length: Int[Tensor, " B"]
     """Tokens of the current document seen so far."""
+    recent: tuple[Float[Tensor, "B past D"], ...] = ()
+    """Last inputs of the short convolution of each layer; nothing if there are none."""
 
     def detach(self) -> LMState:
         """The same values with gradients cut, for truncated back-propagation through time."""
         layers = tuple(type(s)(*(x.detach() for x in s)) for s in self.layers)
-        return LMState(layers, self.length)
+        return LMState(layers, self.length, tuple(x.detach() for x in self.recent))
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the state, in a fixed order."""
-        return [x for state in self.layers for x in state] + [self.length]
+        return [x for state in self.layers for x in state] + [self.length, *self.recent]
 
     def replace_tensors(self, tensors: list[Tensor]) -> LMState:
         """A state of this shape holding ``tensors``, in the order of ``tensors()``."""
         rest = iter(tensors)
         layers = tuple(type(state)(*(next(rest) for _ in state)) for state in self.layers)
-        return LMState(layers, next(rest))
+        return LMState(layers, next(rest), tuple(rest))
 
     def bytes(self) -> int:
         """Size in bytes."""
@@ -118,6 +121,9 @@ class Layer(nn.Module):
         self.config = config
         self.mixer_norm = Norm(config.d_model)
         self.mixer = MIXERS[config.mixer_of(index)](config)
+        self.has_conv = config.conv_width > 1
+        if self.has_conv:
+            self.conv = ShortConvolution(config.d_model, config.conv_width)
         self.has_ff = config.layer == "swiglu"
         if self.has_ff:
             self.ff_norm = Norm(config.d_model)
@@ -125,17 +131,23 @@ class Layer(nn.Module):
 
     def forward(
         self, x: Tensor, state: MixerState, segments: Segments, with_stats: bool | None,
-        seed: int | None,
-    ) -> tuple[Tensor, MixerState, VQAux | None]:  # fmt: skip
-        """Adds the sublayers to the stream ``x`` [B, T, D]; ``seed`` as in ``LM.forward``."""
+        seed: int | None, recent: Tensor | None = None,
+    ) -> tuple[Tensor, MixerState, VQAux | None, Tensor | None]:  # fmt: skip
+        """Adds the sublayers to the stream ``x`` [B, T, D]; ``seed`` as in ``LM.forward``.
+
+        ``recent``: the convolution's memory; what it is after the call comes last."""
         seeds: list[int | None] = [None] * SEEDS_PER_LAYER
         if seed is not None:
             seeds = [SEEDS_PER_LAYER * seed + i for i in range(SEEDS_PER_LAYER)]
-        y, state, aux = self.mixer(self.mixer_norm(x), state, segments, with_stats, seeds[0])
+        mixed = self.mixer_norm(x)
+        if recent is not None:
+            position = segments.positions(state.length, x.shape[1])
+            mixed, recent = self.conv(mixed, recent, position, segments.lengths)
+        y, state, aux = self.mixer(mixed, state, segments, with_stats, seeds[0])
         x = x + self._drop(y, seeds[1])
         if self.has_ff:
             x = x + self._drop(self.ff(self.ff_norm(x)), seeds[2])
-        return x, state, aux
+        return x, state, aux, recent
 
     def _drop(self, y: Tensor, seed: int | None) -> Tensor:
         if not self.training:
@@ -190,7 +202,21 @@ class LM(nn.Module):
         """The empty state of ``batch_size`` rows."""
         layers = tuple(layer.mixer.init_state(batch_size) for layer in self._layers())
         device = self.embedding.weight.device
-        return LMState(layers, torch.zeros(batch_size, dtype=torch.long, device=device))
+        length = torch.zeros(batch_size, dtype=torch.long, device=device)
+        convs = [layer.conv for layer in self._layers() if layer.has_conv]
+        return LMState(layers, length, tuple(conv.init_state(batch_size) for conv in convs))
+
+    def with_entries(self, n_entry: int) -> LM:
+        """A model with the same parameters whose "ovq" dictionaries have ``n_entry`` entries N.
+
+        N is no part of what is learned, so a sequence may be read with another one; a state goes on
+        with the N that it began with.
+        """
+        config = dataclasses.replace(self.config, n_entry=n_entry)
+        with torch.device("meta"):
+            other = type(self)(config)
+        other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        return other.train(self.training)
 
     def state_bytes(self, batch_size: int = 1) -> int:
         """Bytes of the empty state; for "vq" and "window" mixers also after any length."""
@@ -227,21 +253,24 @@ class LM(nn.Module):
         segments = Segments.of(mask, starts, learned)
         tokens = segments.pack(tokens)
         x = self._embed(tokens, segments.positions(state.length, tokens.shape[1]))
-        states, auxes = [], []
+        states, auxes, recent = [], [], []
         for index, (layer, layer_state) in enumerate(
             zip(self._layers(), state.layers, strict=True)
         ):
             seed = None if dropout_seed is None else dropout_seed * len(self.layers) + index
-            arguments = (x, layer_state, segments, with_stats, seed)
+            past = state.recent[index] if layer.has_conv else None
+            arguments = (x, layer_state, segments, with_stats, seed, past)
             if self.checkpointing and self.training:
-                x, new, aux = checkpoint(layer, *arguments, use_reentrant=False)
+                x, new, aux, past = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x, new, aux = layer(*arguments)
+                x, new, aux, past = layer(*arguments)
             states.append(new)
             auxes.append(aux)
+            recent += [past] if layer.has_conv else []
         length = segments.advance(state.length, tokens.shape[1])
         logits = segments.unpack(self._logits(x))
-        return LMOutput(logits, LMState(tuple(states), length), tuple(auxes))
+        after = LMState(tuple(states), length, tuple(recent))
+        return LMOutput(logits, after, tuple(auxes))
 
     def _layers(self) -> Iterator[Layer]:
         for layer in self.layers:

@@ -4,8 +4,8 @@
     vqlm.patch(model, mixer="ovq", n_entry=256, chunk=64)     # weights stay, and so do their names
 
 Every patched layer keeps its own projections, norms of queries and keys, and rotary positions; only
-what happens between queries, keys and values is replaced, by ``patch_attention.py``.  Keys enter it as
-the model makes them, turned to their positions.
+what happens between queries, keys and values is replaced, by ``patch_attention.py``.  Keys enter it
+as the model makes them, turned to their positions.
 
     mixer     what a query sees beside the open chunk and the window before it
     "ovq"     a dictionary of n_entry means, learned while reading; with n_entry >= the number of
@@ -32,9 +32,9 @@ from transformers import Cache
 
 from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import require_known
-from vqlm.patch_attention import DictionaryState, dictionary_attention, empty_state
 from vqlm.hf_cache import StateLayer
 from vqlm.ovq import GROWTH
+from vqlm.patch_attention import DictionaryState, dictionary_attention, empty_state
 from vqlm.segments import Segments
 
 PATCH_MIXERS = ("ovq", "vq", "window")

@@ -200,6 +200,38 @@ def imagenet64_mini() -> Preset:
     return model, dataclasses.replace(train, eval_bytes=2 * 12_288)
 
 
+def _hybrid(other: str) -> Preset:
+    """OVQ's contest in small: rotary windows in turn with another mixer that has no positions."""
+    model = LMConfig(
+        n_layer=6, d_model=192, n_head=3, n_code=256, n_entry=256, window=128, block=128,
+        chunk=64, mixers=("window", other), positions="rotary", conv_width=3,
+    )  # fmt: skip
+    train = TrainConfig(
+        steps=20_000, minutes=20.0, batch_size=4, seq_len=512, context_len=4096,
+        learning_rate=3e-3, final_rate=0.02, eval_every=400, save_every=400, **_RECIPE,
+    )  # fmt: skip
+    return model, train
+
+
+def sw_nope() -> Preset:
+    """Rotary windows, full attention without positions: 6 modern layers, 2.8 M parameters.
+
+    The paper's (Alonso et al. 2026) full-attention hybrid, for two CPU cores and bytes; its
+    siblings ``sw-vq`` and ``sw-ovq`` differ in one word.  Twenty minutes; not trained by us yet.
+    """
+    return _hybrid("softmax")
+
+
+def sw_vq() -> Preset:
+    """``sw-nope`` with VQ-attention for the full one: 6 modern layers, 2.9 M parameters."""
+    return _hybrid("vq")
+
+
+def sw_ovq() -> Preset:
+    """``sw-nope`` with OVQ-attention for the full one: 6 modern layers, 2.8 M parameters."""
+    return _hybrid("ovq")
+
+
 def _mini_training(*, batch_size: int, seq_len: int, **more: Any) -> TrainConfig:
     settings = {"minutes": 10.0, "learning_rate": 3e-3, "final_rate": 0.02, **_RECIPE, **more}
     return TrainConfig(
@@ -213,7 +245,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     make.__name__.replace("_", "-"): make
     for make in (
         demo, mini, mini_paper, enwik8, enwik8_small, enwik8_mini, pg19, pg19_small, pg19_mini,
-        imagenet64, imagenet64_small, imagenet64_mini,
+        imagenet64, imagenet64_small, imagenet64_mini, sw_nope, sw_vq, sw_ovq,
     )
 }  # fmt: skip
 

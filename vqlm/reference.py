@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,20 +110,31 @@ def visible_pairs(documents: Tensor, window: int, window_only: bool) -> Tensor:
     return (allowed & (documents[:, :, None] == documents[:, None, :]))[:, None]
 
 
+class OVQChoices(NamedTuple):
+    """What ``ovq_attention_token_by_token`` is to compute."""
+
+    n_entry: int
+    chunk: int
+    dictionary_size: Callable[[int, int], int]
+    """How many entries there should be after t tokens, given N."""
+    read: str = "renormalised"
+    """Or "mean", "gmr"."""
+    rate: float | None = None
+    """None: 1 / count."""
+    founders: str = "spread"
+    """Or "first", "random", "kmeans++"."""
+    filing: str = "join"
+    """Or "merge"."""
+    draws: Tensor | None = None
+    """[G, T] numbers in [0, 1), of which "random" and "kmeans++" take theirs."""
+
+
 def ovq_attention_token_by_token(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    n_entry: int,
-    chunk: int,
-    dictionary_size: Callable[[int, int], int],
-    renormalised: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, choices: OVQChoices
 ) -> Tensor:
     """OVQ-attention of one document from an empty dictionary, one head and token at a time.
 
-    q [B, H, T, K], k [B, G, T, K] of length 1, v [B, G, T, V], beta [H]; ``dictionary_size(t, N)``
-    is how many entries there should be after t tokens.  Returns [B, H, T, V].
+    q [B, H, T, K], k [B, G, T, K] of length 1, v [B, G, T, V], beta [H].  Returns [B, H, T, V].
     """
     share = q.shape[1] // k.shape[1]
     rows = []
@@ -130,66 +142,144 @@ def ovq_attention_token_by_token(
         heads = []
         for h in range(q.shape[1]):
             g = h // share
-            heads.append(
-                _ovq_one_head(
-                    q[b, h], k[b, g], v[b, g], beta[h], n_entry, chunk, dictionary_size,
-                    renormalised,
-                )
-            )  # fmt: skip
+            heads.append(_ovq_one_head(q[b, h], k[b, g], v[b, g], beta[h], g, choices))
         rows.append(torch.stack(heads))
     return torch.stack(rows)
 
 
+_Entry = tuple[Tensor, Tensor, int]
+"""Mean key, mean value, count."""
+
+
 def _ovq_one_head(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    n_entry: int,
-    chunk: int,
-    dictionary_size: Callable[[int, int], int],
-    renormalised: bool,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: int, choices: OVQChoices
 ) -> Tensor:
-    entries: list[tuple[Tensor, Tensor, int]] = []  # sum of keys, sum of values, count
+    entries: list[_Entry] = []
     open_chunk: list[int] = []
     outputs = []
     for t in range(len(q)):
         open_chunk.append(t)
         total, norm = torch.zeros_like(v[0]), torch.zeros_like(beta)
-        for key_sum, value_sum, count in entries:
-            length = key_sum.norm().clamp(min=1e-6) if renormalised else count
-            weight = torch.exp(beta * (q[t] @ key_sum / length))
-            total, norm = total + weight * value_sum, norm + weight * count
+        for mean_key, mean_value, count in entries:
+            score = _ovq_score(q[t], mean_key, choices.read)
+            weight = count * torch.exp(beta * score)
+            total, norm = total + weight * mean_value, norm + weight
         for j in open_chunk:
             weight = torch.exp(beta * (q[t] @ k[j]))
             total, norm = total + weight * v[j], norm + weight
         outputs.append(total / norm)
-        if len(open_chunk) == chunk:
-            wanted = max(len(entries), dictionary_size(t + 1, n_entry))
-            entries = _ovq_merge(entries, open_chunk, k, v, wanted)
+        if len(open_chunk) == choices.chunk:
+            wanted = max(len(entries), choices.dictionary_size(t + 1, choices.n_entry))
+            if choices.filing == "merge":
+                wanted = min(wanted, len(entries) + len(open_chunk))
+                entries += [(k[j], v[j], 1) for j in open_chunk]
+                entries = _ovq_merge(entries, wanted)
+            else:
+                entries = _ovq_file(entries, open_chunk, k, v, wanted - len(entries), g, choices)
             open_chunk = []
     return torch.stack(outputs)
 
 
-def _ovq_merge(
-    entries: list[tuple[Tensor, Tensor, int]], members: list[int], k: Tensor, v: Tensor, wanted: int
-) -> list[tuple[Tensor, Tensor, int]]:
-    """Files a full chunk: its least similar keys become entries, the others join the nearest."""
-    means = [(key_sum / count).detach() for key_sum, _, count in entries]
-    familiarity = []
-    for position, i in enumerate(members):
-        others = [k[i] @ m for m in means] + [k[i] @ k[j] for j in members[:position]]
-        familiarity.append(max((x.item() for x in others), default=float("-inf")))
-    order = sorted(range(len(members)), key=lambda position: (familiarity[position], position))
-    founders = sorted(members[p] for p in order[: wanted - len(entries)])
-    merged = [*entries, *((k[i], v[i], 1) for i in founders)]
+def _ovq_score(q: Tensor, mean_key: Tensor, read: str) -> Tensor:
+    if read == "renormalised":
+        return q @ mean_key / mean_key.norm().clamp(min=1e-9)
+    if read == "mean":
+        return q @ mean_key
+    # 1 - |q - m|^2 / 2 for q of length 1: a Gaussian around m, relative to one around q itself.
+    return q @ mean_key + (1 - mean_key @ mean_key) / 2
+
+
+def _ovq_file(
+    entries: list[_Entry], members: list[int], k: Tensor, v: Tensor, n_new: int, g: int,
+    choices: OVQChoices,
+) -> list[_Entry]:  # fmt: skip
+    """Files a full chunk: some of its keys become entries, the others join the most similar."""
+    means = [mean_key.detach() for mean_key, _, _ in entries]
+    founders = _ovq_founders(means, members, k.detach(), min(n_new, len(members)), g, choices)
     candidates = means + [k[i].detach() for i in founders]
+    joining: list[list[int]] = [[] for _ in entries] + [[i] for i in founders]
     for i in members:
         if i not in founders:
             similar = [(k[i] @ c).item() for c in candidates]
-            best = similar.index(max(similar))
-            key_sum, value_sum, count = merged[best]
-            merged[best] = (key_sum + k[i], value_sum + v[i], count + 1)
+            joining[similar.index(max(similar))].append(i)
+    filed = []
+    for s, new in enumerate(joining):
+        known = s < len(entries)
+        mean_key, mean_value, count = entries[s] if known else (k[new[0]], v[new[0]], 0)
+        if new:
+            total = count + len(new)
+            share = len(new) / total
+            if known and choices.rate is not None:
+                share = 1 - (1 - choices.rate) ** len(new)
+            mean_key = mean_key + share * (sum(k[i] for i in new) / len(new) - mean_key)
+            mean_value = mean_value + share * (sum(v[i] for i in new) / len(new) - mean_value)
+            count = total
+        filed.append((mean_key, mean_value, count))
+    return filed
+
+
+def _ovq_founders(
+    means: list[Tensor], members: list[int], k: Tensor, n_new: int, g: int, choices: OVQChoices
+) -> list[int]:
+    if choices.founders == "first":
+        return members[:n_new]
+    if choices.founders == "random":
+        assert choices.draws is not None
+        draws = choices.draws[g]
+        return sorted(sorted(members, key=lambda i: draws[i].item())[:n_new])
+    if choices.founders == "kmeans++":
+        return _ovq_kmeans_plus_plus(means, members, k, n_new, g, choices)
+    familiarity = {}
+    for position, i in enumerate(members):
+        others = [k[i] @ m for m in means] + [k[i] @ k[j] for j in members[:position]]
+        familiarity[i] = max((x.item() for x in others), default=float("-inf"))
+    return sorted(sorted(members, key=lambda i: (familiarity[i], i))[:n_new])
+
+
+def _ovq_kmeans_plus_plus(
+    means: list[Tensor], members: list[int], k: Tensor, n_new: int, g: int, choices: OVQChoices
+) -> list[int]:
+    assert choices.draws is not None
+    known, founders = list(means), []
+    for step in range(n_new):
+        rest = [i for i in members if i not in founders]
+        shares = []
+        for i in rest:
+            nearest = max([(k[i] @ m).item() for m in known], default=-1.0)
+            shares.append(max(2 - 2 * nearest, 1e-9))
+        aim = choices.draws[g][members[step]].item() * sum(shares)
+        for i, share in zip(rest, shares, strict=True):
+            aim -= share
+            if aim < 0 or i == rest[-1]:
+                founders.append(i)
+                known.append(k[i])
+                break
+    return sorted(founders)
+
+
+def _ovq_merge(items: list[_Entry], n_left: int) -> list[_Entry]:
+    """Merges those whose merger with an earlier item makes squared distances grow least."""
+    least = []
+    for i, (key, _, count) in enumerate(items):
+        costs = [
+            ((key - other).square().sum() * count * n / (count + n)).item()
+            for other, _, n in items[:i]
+        ]
+        best = min(costs, default=float("inf"))
+        least.append((best, i, costs.index(best) if costs else i))
+    partner = {i: j for _, i, j in sorted(least)[: len(items) - n_left]}
+    roots: dict[int, list[_Entry]] = {}
+    for i, item in enumerate(items):
+        root = i
+        while root in partner:
+            root = partner[root]
+        roots.setdefault(root, []).append(item)
+    merged = []
+    for members in roots.values():
+        count = sum(n for _, _, n in members)
+        key = torch.stack([n * key for key, _, n in members]).sum(0) / count
+        value = torch.stack([n * value for _, value, n in members]).sum(0) / count
+        merged.append((key, value, count))
     return merged
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vqlm.config import LMConfig
-from vqlm.layers import AttentionProjections, RelativeBias, relative_scores
+from vqlm.layers import AttentionProjections, RelativeBias, relative_scores, rotate
 from vqlm.segments import Segments, last_slots
 
 
@@ -133,6 +133,10 @@ class SoftmaxAttention(nn.Module):
         """As ``VQAttention.forward``; there is no codebook, so aux is None."""
         state = self.init_state(x.shape[0]) if state is None else state
         query, key, value, gate = self.project(x)
+        if self.window_only and self.config.positions == "rotary":
+            position = segments.positions(state.length, x.shape[1])
+            base = self.config.position_base
+            query, key = rotate(query, position, base), rotate(key, position, base)
         heads, state = softmax_attention(
             query, key, value, self.project.bias(seed), state, segments,
             block=self.config.block, window_only=self.window_only,

@@ -1,0 +1,159 @@
+"""Recall tasks: what is asked can be known from the context, and only from there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import corpus
+
+from vqlm import cli, recall, recall_study
+from vqlm.data import decode
+from vqlm.model import LM, LMOutput
+from vqlm.recall import ALIGN, TASKS, Examples, curriculum, find
+from vqlm.recall_study import Cell, run_cell, table
+
+
+def draw(task: str, size: int, seed: int = 0, n_row: int = 3) -> Examples:
+    return TASKS[task](size, n_row, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("task", ["basic", "sparse", "positional"])
+@pytest.mark.parametrize("size", [4, 37, 64])
+def test_an_answer_stands_where_the_distance_says(task: str, size: int) -> None:
+    x = draw(task, size)
+    assert x.n_context % ALIGN == 0
+    assert not x.counted[:, : x.n_context].any() and x.counted[:, x.n_context :].any(0).sum() >= 2
+    for row, t in x.counted.nonzero().tolist():
+        source = t + 1 - int(x.distance[row, t])
+        assert source < x.n_context
+        assert x.tokens[row, source] == x.targets[row, t] == x.tokens[row, t + 1]
+        assert x.tokens[row, source - 1] == x.tokens[row, t]
+        if task == "positional":
+            earlier = (x.tokens[row, : source - 1] == x.tokens[row, t]).sum()
+            assert x.tokens[row, t - 1] == recall._RANK0 + earlier
+
+
+def test_keys_come_once_and_sparse_pairs_lie_among_filler() -> None:
+    for task, share in (("basic", 1), ("sparse", 4)):
+        x = draw(task, 64)
+        body = x.tokens[:, : x.n_context]
+        is_key = (body >= recall._KEY0) & (body < recall._VALUE0)
+        assert is_key.sum(1).tolist() == [64] * 3
+        assert all(len(set(row[own].tolist())) == 64 for row, own in zip(body, is_key, strict=True))
+        assert x.n_context == 128 * share
+
+
+def test_regression_asks_for_what_two_earlier_points_tell() -> None:
+    x = draw("regression", 64)
+    for row, t in x.counted.nonzero().tolist():
+        name = x.tokens[row, t - 1]
+        places = [p for p in range(0, t - 1, 3) if x.tokens[row, p] == name]
+        assert len(places) >= 2 and x.distance[row, t] == t - 1 - places[-1]
+        assert x.targets[row, t] == x.tokens[row, t + 1]
+    # Points of one function lie on a line, but for the bins.
+    name = x.tokens[0, 0::3]
+    for one in name.unique():
+        own = name == one
+        a = (x.tokens[0, 1::3][own] - recall._VALUE0 + 0.5) / 16 - 1
+        y = (x.tokens[0, 2::3][own] - recall._VALUE0 - recall.N_BIN + 0.5) / 8 - 2
+        design = torch.stack([a, torch.ones_like(a)], 1)
+        rest = y - design @ (torch.linalg.pinv(design) @ y)
+        assert rest.abs().max() < 0.13
+
+
+def test_needle_is_answered_by_the_text(tmp_path: Path) -> None:
+    split = corpus(tmp_path / "c", n_word=40).train
+    x = find("needle", split)(2 * ALIGN, 4, torch.Generator().manual_seed(0))
+    assert x.n_context == 2 * ALIGN
+    for row in range(4):
+        answer = decode(x.targets[row][x.counted[row]].tolist())
+        text = decode(x.tokens[row, : x.n_context].tolist())
+        assert len(answer) == 4 and b" is " + answer + b".\n" in text
+        (first, *_) = x.counted[row].nonzero()[:, 0].tolist()
+        source = first + 1 - int(x.distance[row, first])
+        assert x.tokens[row, source] == x.targets[row, first]
+        question = decode(x.tokens[row, x.n_context : first + 1].tolist())
+        assert question in text
+    with pytest.raises(ValueError, match="multiple of 64"):
+        find("needle", split)(100, 1, torch.Generator())
+    with pytest.raises(ValueError, match="want a text"):
+        find("needle")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_seed_gives_the_same_and_another_gives_others(task: str) -> None:
+    assert torch.equal(draw(task, 16).tokens, draw(task, 16).tokens)
+    assert not torch.equal(draw(task, 16).tokens, draw(task, 16, seed=1).tokens)
+    with pytest.raises(ValueError, match="number of keys"):
+        draw(task, recall.N_KEY + 1)
+
+
+def test_curriculum_doubles() -> None:
+    assert curriculum(64) == [4, 8, 16, 32, 64]
+    assert curriculum(5) == [5] and curriculum(24) == [6, 12, 24]
+
+
+def test_a_cell_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("d_model=16", "d_k=8", "d_v=8", "d_ff=8")
+    cell = Cell("basic", "window+ovq", 4, 0.25, 0, 3, (1, 2), small)
+    first = run_cell(cell, TASKS["basic"], tmp_path)
+    assert [row["times"] for row in first["lengths"]] == [1, 2]
+    assert cell.model(64).n_entry == 16 and first["steps"] == 3
+    monkeypatch.setattr(recall_study, "train", None)
+    assert run_cell(cell, TASKS["basic"], tmp_path) == json.loads(json.dumps(first))
+    text = table([first]).splitlines()
+    assert len(text) == 3 and "scaled" in text[1] and "as trained" in text[2]
+
+
+def test_accuracy_is_that_of_the_counted_tokens() -> None:
+    """A model that says the token that does come next is always right."""
+    lm = LM(Cell("basic", "window", 16, 1.0, 0, 0).model(64))
+
+    def knowing(tokens: torch.Tensor) -> LMOutput:
+        logits = torch.zeros(*tokens.shape, recall.VOCAB_SIZE)
+        logits = logits.scatter(-1, tokens.roll(-1, 1)[..., None], 1.0)
+        return LMOutput(logits, lm.init_state(len(tokens)), ())
+
+    lm.forward = knowing  # type: ignore[method-assign]
+    found = recall_study.accuracy(lm, TASKS["basic"], 16, 0)
+    assert found["accuracy"] == 1 and found["by_distance"] == [1] * 4
+    assert found["state_bytes"] == lm.state_bytes() and found["distance_up_to"] == sorted(
+        found["distance_up_to"]
+    )
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "recall",
+        "basic",
+        "--mixers",
+        "ovq",
+        "--size",
+        "4",
+        "--steps",
+        "1",
+        "--times",
+        "1",
+    ]
+    small = ["d_model=16", "d_k=8", "d_v=8", "--shares", "0.5", "--out", str(tmp_path), "--json"]
+    assert cli.main([*arguments, *small]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1])["results"][0]["cell"]["mixers"] == "ovq"
+    assert cli.main([*arguments, "d_mod=1", "--out", str(tmp_path)]) == 2
+    assert "did you mean 'd_model'" in capsys.readouterr().err
+    assert cli.main(["recall", "basic", "--mixers", "ovk"]) == 2
+    assert "did you mean 'ovq'" in capsys.readouterr().err
+
+
+def test_another_number_of_entries_has_the_same_parameters() -> None:
+    lm = Cell("basic", "window+ovq", 4, 0.25, 0, 3).model(64)
+    small = LM(lm)
+    large = small.with_entries(99)
+    assert large.config.n_entry == 99
+    assert large.embedding.weight.data_ptr() == small.embedding.weight.data_ptr()
+    tokens = torch.arange(1, 90)[None]
+    assert torch.equal(large(tokens[:, :40]).logits, small(tokens[:, :40]).logits) is False
+    same = small.with_entries(lm.n_entry)
+    assert torch.equal(same(tokens).logits, small(tokens).logits)
+    assert large(tokens).state.bytes() > small(tokens).state.bytes()

@@ -1,0 +1,245 @@
+"""``vqlm recall``: trains small models on a recall task and tables their accuracy by length.
+
+    vqlm recall basic --mixers softmax,window+ovq --size 64 --shares 0.25 --seeds 0,1,2
+
+A *cell* is one task, mixer pattern, share and seed.  It is trained along a curriculum of sizes that
+double whenever accuracy passes ``PASSED``, then asked at 1, 2, 4 ... times its size; its result is
+a file, and a cell that has one is not trained again.  The share is that of dictionary entries in
+the tokens of a context.  Accuracy is given with N scaled with the context, and with N as trained;
+bytes of state, of one row after its context, stand beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqlm import recall, throughput
+from vqlm.config import LMConfig, override
+from vqlm.model import LM
+from vqlm.prepared import open_corpus
+
+MODEL = LMConfig(
+    vocab_size=recall.VOCAB_SIZE, n_layer=2, d_model=64, n_head=2, d_k=32, d_v=32, n_code=64,
+    window=32, block=64, chunk=32, positions="rotary", conv_width=3,
+)  # fmt: skip
+"""Default sizes; mixers and N are the cell's."""
+
+PASSED = 0.8
+"""Accuracy from which on a size is passed."""
+
+N_ROW, LEARNING_RATE, WARMUP, LOOK = 32, 3e-3, 50, 25
+"""Rows a step, peak rate of AdamW, steps of warm-up, steps between looks at the accuracy."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training."""
+
+    task: str
+    mixers: str
+    """Names with + between, tiled over the layers."""
+    size: int
+    """Pairs, triples, or for "needle" tokens, at the end of the curriculum."""
+    share: float
+    """Entries of a dictionary over tokens of a context."""
+    seed: int
+    steps: int
+    """The most optimizer steps."""
+    times: tuple[int, ...] = (1, 2, 4, 8)
+    """Sizes asked for, as multiples of ``size``."""
+    settings: tuple[str, ...] = ()
+    """Other settings of LMConfig, key=value."""
+
+    @property
+    def name(self) -> str:
+        """Also the name of its folder."""
+        more = "".join(f",{text}" for text in self.settings)
+        facts = f"size={self.size},share={self.share:g},seed={self.seed},steps={self.steps}"
+        return f"{self.task},{self.mixers},{facts}{more}"
+
+    def model(self, n_context: int) -> LMConfig:
+        """The model, with N for contexts of so many tokens."""
+        pairs = dict(text.split("=", 1) for text in self.settings)
+        config = override(MODEL, pairs)
+        n_entry = max(1, round(self.share * n_context))
+        mixers = tuple(self.mixers.split("+"))
+        return dataclasses.replace(config, mixers=mixers, n_entry=n_entry)
+
+
+def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[str, Any]]:
+    """A trained model, and how far the curriculum got.
+
+    Raises:
+        ValueError: settings or a size that can't be.
+    """
+    generator = torch.Generator().manual_seed(cell.seed)
+    full = draw(cell.size, 1, generator).n_context
+    torch.manual_seed(cell.seed)
+    lm = LM(cell.model(full))
+    optimizer = torch.optim.AdamW(lm.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=0.01)
+    first = 4 if cell.task != "needle" else 2 * recall.ALIGN
+    sizes, begin, step, looks = recall.curriculum(cell.size, first), time.monotonic(), 0, []
+    for step in range(1, cell.steps + 1):
+        x = draw(sizes[0], N_ROW, generator)
+        if step == 1:
+            lm.initialize_codebooks_(x.tokens, cell.seed)
+        right = _step(lm, optimizer, x, rate=LEARNING_RATE * min(1, step / WARMUP))
+        looks.append(right)
+        if step % LOOK == 0:
+            accuracy, looks = statistics.mean(looks[-5:]), []
+            if report is not None:
+                report(f"{cell.name} step {step} size {sizes[0]} accuracy {accuracy:.3f}")
+            if accuracy >= PASSED and len(sizes) > 1:
+                sizes = sizes[1:]
+            elif accuracy >= 0.998:
+                break
+    facts = {"steps": step, "reached": sizes[0], "minutes": (time.monotonic() - begin) / 60}
+    return lm.eval(), facts
+
+
+def _step(lm: LM, optimizer: torch.optim.Optimizer, x: recall.Examples, rate: float) -> float:
+    """One optimizer step; the accuracy before it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    out = lm(x.tokens)
+    objective = out.objective(x.targets, 1e-2, x.counted, int(x.counted.sum()))
+    optimizer.zero_grad()
+    objective.loss.backward()
+    torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+    optimizer.step()
+    lm.update_codebooks_(out.stats(), 0.95, 0.1)
+    return _right(out.logits, x).float().mean().item()
+
+
+def _right(logits: Tensor, x: recall.Examples) -> Tensor:
+    return (logits.argmax(-1) == x.targets)[x.counted]
+
+
+@torch.inference_mode()
+def accuracy(lm: LM, draw: recall.Draw, size: int, seed: int, n_batch: int = 4) -> dict[str, Any]:
+    """Accuracy at ``size``, in all and by quarters of the distance, and bytes of a row's state."""
+    generator = torch.Generator().manual_seed(1_000_003 + seed)
+    right, distance, n_byte = [], [], 0
+    for _ in range(n_batch):
+        x = draw(size, 8, generator)
+        out = lm(x.tokens)
+        right.append(_right(out.logits, x))
+        distance.append(x.distance[x.counted])
+        n_byte = lm(x.tokens[:1, : x.n_context]).state.bytes()
+    hits, far = torch.cat(right).double(), torch.cat(distance).double()
+    order = far.argsort()
+    quarters = [part.mean().item() for part in hits[order].chunk(4)]
+    bounds = far.quantile(torch.tensor([0.25, 0.5, 0.75, 1.0]).double()).tolist()
+    return {
+        "size": size, "accuracy": hits.mean().item(), "state_bytes": n_byte,
+        "by_distance": quarters, "distance_up_to": bounds,
+    }  # fmt: skip
+
+
+def run_cell(cell: Cell, draw: recall.Draw, out: Path, report: Any = None) -> dict[str, Any]:
+    """Trains and asks a cell, or reads its result."""
+    path = out / cell.name / "result.json"
+    if path.is_file():
+        done: dict[str, Any] = json.loads(path.read_bytes())
+        return done
+    lm, facts = train(cell, draw, report)
+    lengths = []
+    for times in cell.times:
+        size = cell.size * times
+        n_context = draw(size, 1, torch.Generator().manual_seed(0)).n_context
+        scaled = lm.with_entries(cell.model(n_context).n_entry)
+        row = {"times": times, "scaled": accuracy(scaled, draw, size, cell.seed)}
+        if "ovq" in lm.config.mixers:
+            row["fixed"] = accuracy(lm, draw, size, cell.seed)
+        lengths.append(row)
+    n_parameter = sum(p.numel() for p in lm.parameters())
+    result = {
+        "cell": dataclasses.asdict(cell),
+        **facts,
+        "parameters": n_parameter,
+        "lengths": lengths,
+    }
+    throughput.write_json(path, result)
+    return result
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Accuracy by length: means over seeds, one line a mixer, share and N, bytes of state below."""
+    groups: dict[tuple[str, float, str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        cell = result["cell"]
+        for kind in ("scaled", "fixed"):
+            if kind in result["lengths"][0]:
+                key = (cell["mixers"], cell["share"], ",".join(cell["settings"]), kind)
+                groups.setdefault(key, []).append(result)
+    times = [row["times"] for row in results[0]["lengths"]]
+    lines = [f"{'mixers, share, N':>36}  seeds" + "".join(f"{f'{n}x':>16}" for n in times)]
+    for (mixers, share, settings, kind), own in groups.items():
+        n = {"scaled": "scaled", "fixed": "as trained"}[kind] if "ovq" in mixers else "-"
+        line = f"{f'{mixers} {share:g} {settings} {n}':>36}  {len(own):5}"
+        for i in range(len(times)):
+            rows = [result["lengths"][i][kind] for result in own]
+            mean = statistics.mean(row["accuracy"] for row in rows)
+            line += f"{mean:7.3f} {rows[0]['state_bytes'] / 1024:5.0f} KB"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that ``run`` reads."""
+    parser.add_argument("task", choices=[*recall.TASKS, "needle"], help="see vqlm/recall.py")
+    parser.add_argument(
+        "what", nargs="*", metavar="key=value", help="settings of LMConfig, such as filing=merge"
+    )
+    parser.add_argument(
+        "--mixers", default="softmax,window,window+ovq", metavar="A,B+C,...",
+        help="patterns to compare (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--size", type=int, default=64, help="pairs, or tokens (default: 64)")
+    parser.add_argument("--shares", default="0.25", metavar="X,Y,...", help="default: 0.25")
+    parser.add_argument("--seeds", default="0", metavar="0,1,...", help="default: 0")
+    parser.add_argument("--steps", type=int, default=2000, help="at most (default: 2000)")
+    parser.add_argument("--times", default="1,2,4,8", metavar="1,2,...", help="default: 1,2,4,8")
+    parser.add_argument("--data", help="text for needle; default: Python's standard library")
+    parser.add_argument("--out", type=Path, default=Path("runs/recall"), help="folder of results")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains what is not trained yet, prints the table, returns all results.
+
+    Raises:
+        ValueError: settings that are unknown or can't be.
+    """
+    if any("=" not in word for word in args.what):
+        raise ValueError(f"recall: settings are key=value, got {' '.join(args.what)}")
+    shares = [float(part) for part in args.shares.split(",")]
+    seeds, times = ([int(n) for n in text.split(",")] for text in (args.seeds, args.times))
+    split = open_corpus(args.data).train if args.task == "needle" else None
+    draw = recall.find(args.task, split)
+    cells = [
+        Cell(
+            args.task, mixers, args.size, share if "ovq" in mixers else 1.0, seed, args.steps,
+            tuple(times), tuple(args.what),
+        )
+        for seed in seeds
+        for mixers in args.mixers.split(",")
+        for share in (shares if "ovq" in mixers else shares[:1])
+    ]  # fmt: skip
+    for cell in cells:
+        cell.model(args.size)  # a mistake in any should come before the first is trained
+    results = []
+    for cell in cells:
+        results.append(run_cell(cell, draw, args.out, lambda text: print(text, flush=True)))
+    print(table(results))
+    return {"task": args.task, "out": str(args.out), "results": results}
