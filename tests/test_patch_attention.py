@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from vqlm.ovq import GROWTH, dictionary_size
+from vqlm.dictionary import GROWTH, dictionary_size
 from vqlm.patch_attention import DictionaryState, dictionary_attention, empty_state
 from vqlm.reference import dictionary_attention_token_by_token, softmax_attention_quadratic
 

@@ -34,7 +34,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vqlm.codebook import nearest_code
-from vqlm.ovq import dictionary_size
+from vqlm.dictionary import dictionary_size
 
 
 class DictionaryState(NamedTuple):
@@ -94,8 +94,8 @@ def dictionary_attention(
         lengths: real tokens of each row, which come first; None: all.  Outputs at padding are 0.
         scale: factor a on the scores.
         chunk: tokens L filed together; outputs depend on it.
-        growth: a key of ``ovq.GROWTH``; "eager" gives every token an entry of its own until all
-            N are used.
+        growth: a key of ``dictionary.GROWTH``; "eager" gives every token an entry of its own until
+            all N are used.
         codes: a codebook that stands for the entries' mean keys; None: they are learned.
         reach: tokens before itself that a query sees one by one, at most P - L; None: all
             that are recent.

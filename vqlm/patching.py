@@ -32,8 +32,8 @@ from transformers import Cache
 
 from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import require_known
+from vqlm.dictionary import GROWTH
 from vqlm.hf_cache import StateLayer
-from vqlm.ovq import GROWTH
 from vqlm.patch_attention import DictionaryState, dictionary_attention, empty_state
 from vqlm.segments import Segments
 
@@ -58,7 +58,7 @@ class PatchConfig:
     """Tokens before the chunk that stay one by one, a multiple of chunk; for "window" the
     tokens before itself that a query sees."""
     growth: str = "eager"
-    """How the dictionary of "ovq" grows: a key of ``ovq.GROWTH``."""
+    """How the dictionary of "ovq" grows: a key of ``dictionary.GROWTH``."""
 
     def __post_init__(self) -> None:
         require_known("mixer", self.mixer, PATCH_MIXERS)

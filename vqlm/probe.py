@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from vqlm import ovq, softmax, vq
 from vqlm.data import Split
 from vqlm.model import LM, Layer
-from vqlm.segments import Segments
 from vqlm.vocabulary import END
 
 FIRST_BIN = 16
@@ -80,6 +79,8 @@ def attention_weights(mixer: nn.Module, x: Float[Tensor, "1 T D"]) -> Float[Tens
     if not isinstance(mixer, vq.VQAttention | softmax.SoftmaxAttention):
         raise TypeError(f"attention_weights: {type(mixer).__name__} is no mixer of vqlm.model")
     query, key, _, _ = mixer.project(x)
+    if isinstance(mixer, softmax.SoftmaxAttention):
+        query, key = mixer.placed(query, key, torch.arange(n_token, device=x.device)[None])
     config = dataclasses.replace(mixer.config, d_v=n_token)
     value = repeat(torch.eye(n_token).to(key), "t v -> 1 g t v", g=config.kv_heads)
     bias = mixer.project.bias()
@@ -107,8 +108,8 @@ def _ovq_weights(mixer: ovq.OVQAttention, x: Tensor) -> Tensor:
     beta = mixer.log_beta.exp().clamp(max=ovq.BETA_MOST)
     empty = ovq.initial_state(config, 1, value)
     return ovq.ovq_attention(
-        F.normalize(query, dim=-1), F.normalize(key, dim=-1), value, beta, empty, Segments(),
-        growth=config.growth,
+        F.normalize(query, dim=-1), F.normalize(key, dim=-1), value, beta, empty,
+        rules=mixer.rules,
     )[0][0]  # fmt: skip
 
 

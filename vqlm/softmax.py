@@ -122,6 +122,18 @@ class SoftmaxAttention(nn.Module):
             zeros().long(),
         )
 
+    def placed(
+        self,
+        query: Float[Tensor, "B H T K"],
+        key: Float[Tensor, "B G T K"],
+        position: Int[Tensor, "B T"],
+    ) -> tuple[Tensor, Tensor]:
+        """Both turned to their positions, in a window with rotary positions."""
+        if not self.window_only or self.config.positions != "rotary":
+            return query, key
+        base = self.config.position_base
+        return rotate(query, position, base), rotate(key, position, base)
+
     def forward(
         self,
         x: Float[Tensor, "B T D"],
@@ -133,10 +145,7 @@ class SoftmaxAttention(nn.Module):
         """As ``VQAttention.forward``; there is no codebook, so aux is None."""
         state = self.init_state(x.shape[0]) if state is None else state
         query, key, value, gate = self.project(x)
-        if self.window_only and self.config.positions == "rotary":
-            position = segments.positions(state.length, x.shape[1])
-            base = self.config.position_base
-            query, key = rotate(query, position, base), rotate(key, position, base)
+        query, key = self.placed(query, key, segments.positions(state.length, x.shape[1]))
         heads, state = softmax_attention(
             query, key, value, self.project.bias(seed), state, segments,
             block=self.config.block, window_only=self.window_only,
