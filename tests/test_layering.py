@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "vqlm"
 ROWS = [
     {"reference", "config", "codebook", "segments", "vocabulary", "compressors", "sampling"},
     {"figures", "settings", "precision"},
-    {"layers", "data", "vq_kernel", "chunks", "dictionary"},
-    {"ovq_kernel"},
+    {"layers", "data", "vq_schedule", "chunks", "dictionary"},
+    {"vq_kernel", "ovq_kernel"},
     {"vq", "softmax", "ovq", "prepared"},
     {"vq_parallel", "patch_attention"},
     {"model", "pictures", "download", "recall"},

@@ -31,7 +31,8 @@ from vqlm.codebook import Codebook, CodeStats, Quantized
 from vqlm.config import LMConfig
 from vqlm.layers import AttentionProjections, RelativeBias
 from vqlm.segments import Segments, last_slots
-from vqlm.vq_kernel import Schedule, Tensors, attend
+from vqlm.vq_kernel import Tensors, attend
+from vqlm.vq_schedule import Schedule
 
 
 class VQState(NamedTuple):
