@@ -26,7 +26,7 @@ def wait(page: Any, ready: Callable[[], Any], seconds: float = 600.0) -> None:
     ends = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < ends, page.find_element("tag name", "body").text
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def text_of(page: Any, name: str) -> str:

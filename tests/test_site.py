@@ -111,7 +111,7 @@ def test_what_a_page_shows_can_be_done(
 def test_there_is_something_to_run_and_little_that_is_not() -> None:
     found = [block for page in PAGES for block in blocks(page)]
     left_out = [block for block in found if block.comment.startswith("not run: ")]
-    assert len(found) >= 20 and len(left_out) <= len(found) // 3
+    assert len(found) >= 15 and len(left_out) <= len(found) // 3
 
 
 @pytest.mark.parametrize(
