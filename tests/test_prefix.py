@@ -89,7 +89,7 @@ def test_fifty_forks_do_not_touch_each_other() -> None:
 def test_the_file_has_one_size(tmp_path: Path) -> None:
     model = lm()
     sizes = set()
-    for n_token in (1, 10, 1001, 20_000):
+    for n_token in (1, 10, 101, 1000):
         Prefix.read(model, tokens(1, n_token)).save(tmp_path / "a.state", model)
         assert read_facts(tmp_path / "a.state")["n_token"] == n_token
         sizes.add((tmp_path / "a.state").stat().st_size)
