@@ -32,6 +32,7 @@ ROWS = [
     {"presets"},
     {"demo", "throughput", "harness", "patch_study"},
     {"ablate", "recall_study"},
+    {"commands_hf"},
     {"commands"},
     {"cli"},
     {"__main__"},

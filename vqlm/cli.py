@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vqlm import __version__
+from vqlm import __version__, commands_hf
 from vqlm import commands as do
 
 EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
@@ -309,7 +309,7 @@ def _add_state(commands: Any) -> None:
     state.add_argument("--model", type=Path, metavar="RUN", help="run folder")
     state.add_argument("--text", type=Path, metavar="FILE", help="extend: the text to read on")
     state.add_argument("--out", type=Path, metavar="FILE", help="default: FILE, ending in .state")
-    state.set_defaults(run=do.state)
+    state.set_defaults(run=commands_hf.state)
 
 
 def _add_export(commands: Any) -> None:
@@ -320,7 +320,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
     export.add_argument("out", type=Path, metavar="DIR", help="new folder")
     export.add_argument("--shard-size", default="5GB", help="most of one file; default: 5GB")
-    export.set_defaults(run=do.export)
+    export.set_defaults(run=commands_hf.export)
 
 
 def _add_adapt(commands: Any) -> None:
@@ -334,7 +334,7 @@ def _add_adapt(commands: Any) -> None:
     adapt.add_argument("--data", required=True, help="text to adapt on: a file or a folder")
     adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
     adapt.add_argument("--layers", metavar="0,2,...", help="layers to patch; default: all")
-    adapt.set_defaults(run=do.adapt)
+    adapt.set_defaults(run=commands_hf.adapt)
 
 
 def _add_data(commands: Any) -> None:

@@ -281,6 +281,11 @@ def require_known(kind: str, name: str, known: Iterable[str]) -> None:
     raise ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
 
 
+def setting_pairs(words: Iterable[str]) -> dict[str, str]:
+    """``{"d_model": "256"}`` of ``["d_model=256"]``; words without "=" are left out."""
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
 def override(config: T, pairs: dict[str, str]) -> T:
     """A copy of dataclass ``config`` with fields replaced by parsed texts, ``{"d_model": "256"}``.
 

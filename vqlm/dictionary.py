@@ -276,6 +276,7 @@ def merge(
     # Partners are earlier, so pointers end; each round doubles how far they have been followed.
     for _ in range(len(index).bit_length()):
         target = target.gather(-1, target)
-    place = (~gone & ~unused).cumsum(-1) - 1
+    # A row whose chunk isn't full files nothing, yet what it gets must be an index.
+    place = ((~gone & ~unused).cumsum(-1) - 1).clamp(min=0)
     place = torch.where(unused, index, place.gather(-1, target))
     return place[..., :n_old], place[..., n_old:]
