@@ -231,3 +231,32 @@ def test_a_real_run_folder_has_what_its_docstring_says(tmp_path: Path) -> None:
     assert {name for name in names if not name.startswith("events/")} == expected
     wanted = training.bare_model.state_dict()
     assert_same(dict(load_model(tmp_path / "run").state_dict()), dict(wanted))
+
+
+def test_the_best_model_survives_a_stop_between_two_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one has been moved aside, the new one is not in its place yet; the next save fails
+    before it has written anything."""
+    first = lm(0)
+    checkpoint.save_best(tmp_path, first, dict(INFO), checkpoint.Medium())
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save_best(tmp_path, lm(1), dict(INFO), checkpoint.Medium())
+        assert not (tmp_path / "best").exists()
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(OSError, match="cannot save"):
+        checkpoint.save_best(tmp_path, lm(2), dict(INFO), checkpoint.Medium())
+    assert_same(dict(load_model(tmp_path / "best").state_dict()), dict(first.state_dict()))

@@ -11,10 +11,12 @@ Only JSON and safetensors are ever read; neither can run code.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,22 +167,36 @@ def save_best(run: Path, model: LM, info: dict[str, Any], medium: Medium) -> Non
     Raises:
         OSError: nothing could be written; the one before is untouched.
     """
-    final, partial = run / "best", run / ".best.partial"
-    replaced = run / ".best.replaced"
+    final = run / "best"
+    try:
+        with _replacing(final) as partial:
+            save_model(model, partial, medium)
+            _write(partial / "trainer.json", json.dumps(info, indent=2).encode())
+    except OSError as error:
+        raise OSError(error.errno, f"cannot save {final} ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def _replacing(final: Path) -> Iterator[Path]:
+    """A new folder to write into; it becomes ``final`` if all goes well, and is gone otherwise."""
+    partial = final.with_name(f".{final.name}.partial")
+    replaced = final.with_name(f".{final.name}.replaced")
+    if replaced.exists() and not final.exists():  # stopped between the two renames below
+        replaced.rename(final)
     for left_over in (partial, replaced):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        save_model(model, partial, medium)
-        _write(partial / "trainer.json", json.dumps(info, indent=2).encode())
+        yield partial
         _sync_folder(partial)
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
+        _sync_folder(final.parent)
+    except OSError:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(error.errno, f"cannot save {final} ({error.strerror})") from error
+        raise
 
 
 def save_checkpoint(
@@ -199,28 +215,19 @@ def save_checkpoint(
         OSError: nothing could be written (a full disk, say); older checkpoints are untouched.
     """
     final = run / "checkpoints" / f"step-{step:08d}"
-    partial = final.with_name(f".{final.name}.partial")
-    replaced = final.with_name(f".{final.name}.replaced")
-    for left_over in run.glob("checkpoints/.step-*"):
+    for left_over in run.glob("checkpoints/.step-*.partial"):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        save_model(model, partial, medium)
-        _write(partial / "trainer.safetensors", safetensors.torch.save(_on_cpu(tensors)))
-        _write(partial / "trainer.json", json.dumps({"step": step, **info}, indent=2).encode())
-        _sync_folder(partial)
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        _sync_folder(final.parent)
+        with _replacing(final) as partial:
+            save_model(model, partial, medium)
+            _write(partial / "trainer.safetensors", safetensors.torch.save(_on_cpu(tensors)))
+            _write(partial / "trainer.json", json.dumps({"step": step, **info}, indent=2).encode())
         _publish(final, run)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         newest = newest_checkpoint(run)
         kept = f"the last valid checkpoint is {newest}" if newest else "there is none yet"
         raise OSError(error.errno, f"cannot save {final} ({error.strerror}); {kept}") from error
-    for old in complete_checkpoints(run)[:-keep]:
+    for old in [*complete_checkpoints(run)[:-keep], *run.glob("checkpoints/.step-*")]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
