@@ -344,12 +344,13 @@ def test_metrics_have_the_documented_names(data: Corpus, tmp_path: Path) -> None
     run = trainer(data, tmp_path / "run", steps=5, eval_every=4)
     run.fit()
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    books = [f"{kind}/layer{i}" for kind in ("codes_in_use", "quantization_error") for i in (0, 1)]
+    kinds = ("codes_in_use", "dead_codes", "quantization_error")
+    books = {f"{kind}/layer{i}" for kind in kinds for i in (0, 1)}
+    books |= {f"codes_in_use/layer{i}/head{h}" for i in (0, 1) for h in (0, 1)}
     training = {"train/bits_per_byte", "train/learning_rate", "train/gradient_norm"}
     training |= {"train/tokens_per_second", *books}
-    looks = {"validation/bits_per_byte", "validation_codes_in_use/layer0"}
-    looks |= {"validation_codes_in_use/layer1"}
-    assert [(x["step"], set(x) - {"step", "seconds"}) for x in lines] == [
+    looks = {"validation/bits_per_byte", *(f"validation_{name}" for name in books)}
+    assert [(x["step"], set(x) - {"step", "seconds", "tokens"}) for x in lines] == [
         (2, training), (4, training), (4, looks), (5, training), (5, looks),
     ]  # fmt: skip
     events = EventAccumulator(str(tmp_path / "run/events")).Reload()
