@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from playground import tiny_model
+from torch.testing import assert_close
 
 from vqlm.sessions import READ_TOKENS, SLICE_TOKENS, Limits, Pool, Refused, Session, Wish
 from vqlm.vocabulary import BYTES, END, N_SPECIAL, ByteVocabulary
@@ -48,11 +49,17 @@ def test_any_cutting_gives_what_one_reading_gives(model: Any) -> None:
     # A letter that is not complete yet stays in the decoder.
     letters = codecs.getincrementaldecoder("utf-8")("replace")
     want = letters.decode(BYTES.decode(alone(model, TEXT, 50))).encode()
+    ids = torch.tensor([[END, *BYTES.encode(TEXT).tolist()]])
+    with torch.inference_mode():
+        state = model(ids[:, :-1]).state  # the newest token is read when the next one is wanted
     for cuts in ([], [1], [3, 4, 700], list(range(0, len(TEXT), 97))):
         session = Session(model)
         for begin, end in zip([0, *cuts], [*cuts, len(TEXT)], strict=True):
             read(session, TEXT[begin:end])
         assert session.position == len(TEXT) > READ_TOKENS
+        assert session._state is not None
+        for got, wanted in zip(session._state.tensors(), state.tensors(), strict=True):
+            assert_close(got, wanted)
         assert write(session) == want
         assert session.position == len(TEXT) + 50
 
