@@ -15,8 +15,8 @@ from matplotlib.patches import Rectangle
 
 from vqlm import presets
 from vqlm.codebook import Codebook, nearest_code
+from vqlm.dictionary import GROWTH, dictionary_size
 from vqlm.figures import STYLES, Chart, Style, Table, legend, short
-from vqlm.ovq import GROWTH, dictionary_size
 
 
 def codes(figure: Any, style: Style) -> None:

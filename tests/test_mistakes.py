@@ -207,8 +207,8 @@ def test_completion_in_a_real_bash(capsys: Captured, folder: Path) -> None:
     assert cli.main(["completion", "bash"]) == 0
     (folder / "complete.sh").write_text(capsys.readouterr().out)
     program = (
-        "source complete.sh; COMP_WORDS=(vqlm re); COMP_CWORD=1; COMP_LINE='vqlm re'; "
-        "$(complete -p vqlm | sed -E 's/.*-F ([^ ]+).*/\\1/') vqlm re vqlm; echo ${COMPREPLY[@]}"
+        "source complete.sh; COMP_WORDS=(vqlm rep); COMP_CWORD=1; COMP_LINE='vqlm rep'; "
+        "$(complete -p vqlm | sed -E 's/.*-F ([^ ]+).*/\\1/') vqlm rep vqlm; echo ${COMPREPLY[@]}"
     )
     run = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
     assert run.stdout.split() == ["report"], run.stderr

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from vqlm.chunks import lay_out
 from vqlm.config import LMConfig
 from vqlm.dictionary import Rules
-from vqlm.ovq_kernel import Call, OVQFunction
+from vqlm.ovq_kernel import Call, ovq_function
 from vqlm.segments import Segments
 
 BETA_START, BETA_MOST = 8.0, 40.0
@@ -108,7 +108,7 @@ def ovq_attention(
     if not layout.chunks:  # nothing but padding
         return value.new_zeros(*query.shape[:3], value.shape[3]), state
     keys, values = layout.keys(key, state.key), layout.keys(value, state.value)
-    out, key_sum, value_sum, count = OVQFunction.apply(
+    out, key_sum, value_sum, count = ovq_function(
         layout.queries(query), keys, values, beta, state.key_sum, state.value_sum,
         state.key_count, Call(layout.chunks, rules, key.shape[1]),
     )  # fmt: skip

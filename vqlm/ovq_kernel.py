@@ -167,7 +167,7 @@ class _Step(NamedTuple):
     filing: _Filing | None
 
 
-class OVQFunction(torch.autograd.Function):
+class _OVQFunction(torch.autograd.Function):
     """(query, key, value, beta, sums of keys, of values, counts, call) -> (out, sums after)."""
 
     @staticmethod
@@ -394,3 +394,7 @@ class _Gradients(NamedTuple):
         self.beta.add_((query * d_scaled).sum((0, 2, 3)))
         if power:
             self.beta.add_(power * beta ** (power - 1) * d_lifted[..., -1].sum((0, 2)))
+
+
+ovq_function = _OVQFunction.apply
+"""(query, key, value, beta, sums of keys, of values, counts, call) -> (out, sums after)."""

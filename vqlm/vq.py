@@ -115,7 +115,10 @@ def vq_attention(
     )  # fmt: skip
     key, value = keys.key.to(dtype), value.to(dtype)
     sums = torch.cat([state.value_sum, state.value_count[..., None]], 3)
-    x = Tensors(query.to(dtype), key, value, *bias, state.key, state.value, sums, codes)
+    x = Tensors(
+        query.to(dtype), key, value, *(b.to(dtype) for b in bias), state.key, state.value, sums,
+        codes.to(dtype),
+    )  # fmt: skip
     out, sums = attend(x, schedule, cache_grad)
 
     def newest(old: Tensor, new: Tensor) -> Tensor:

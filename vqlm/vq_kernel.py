@@ -360,6 +360,8 @@ def attend(
     Without ``cache_grad`` keys and values get gradients from queries of their own block alone.
     """
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in x)
+    if keep:  # what was made in inference mode, a state say, can't be kept for a backward pass
+        x = Tensors(*(t.clone() if t.is_inference() else t for t in x))
     with torch.autocast(x.query.device.type, enabled=False):
         out, sums = _Attend.apply(schedule, keep, cache_grad, *x)
     return out, sums
