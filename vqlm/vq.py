@@ -115,8 +115,9 @@ def vq_attention(
     )  # fmt: skip
     key, value = keys.key.to(dtype), value.to(dtype)
     sums = torch.cat([state.value_sum, state.value_count[..., None]], 3)
+    content, position, rows = (b.to(dtype) for b in bias)
     x = Tensors(
-        query.to(dtype), key, value, *(b.to(dtype) for b in bias), state.key, state.value, sums,
+        query.to(dtype), key, value, content, position, rows, state.key, state.value, sums,
         codes.to(dtype),
     )  # fmt: skip
     out, sums = attend(x, schedule, cache_grad)
