@@ -63,6 +63,10 @@ class Segments(NamedTuple):
         index = torch.arange(n_token, device=device)[None]
         return index < (n_token if self.lengths is None else self.lengths[:, None])
 
+    def n_real(self, like: Int[Tensor, " B"], n_token: int) -> Int[Tensor, " B"]:
+        """Real tokens of each of the packed rows, of ``n_token`` tokens each."""
+        return self.lengths if self.lengths is not None else torch.full_like(like, n_token)
+
     def learnable(self, n_token: int, device: torch.device) -> Bool[Tensor, "#B T"]:
         """True at the tokens of the packed rows that codebooks learn from."""
         return self.valid(n_token, device) if self.learned is None else self.learned
@@ -72,6 +76,15 @@ class Segments(NamedTuple):
         if self.starts is None:
             return torch.zeros(batch_size, n_token, dtype=torch.long, device=device)
         return self.starts.cumsum(1)
+
+    def joined_documents(
+        self, length: Int[Tensor, " B"], n_slot: int, n_token: int
+    ) -> Int[Tensor, "B joined"]:
+        """``documents`` of the ``n_slot`` tokens before the call and then its own: 0 for those of
+        the document of which ``length`` tokens have been seen, -1 for slots without a token."""
+        age = torch.arange(n_slot, 0, -1, device=length.device)
+        before = (age <= length[:, None]).long() - 1
+        return torch.cat([before, self.documents(len(length), n_token, length.device)], 1)
 
     def newest_document(
         self, batch_size: int, n_token: int, device: torch.device
@@ -92,7 +105,7 @@ class Segments(NamedTuple):
 
     def advance(self, length: Int[Tensor, " B"], n_token: int) -> Int[Tensor, " B"]:
         """Tokens of the current document once this call's ``n_token`` have been seen."""
-        n_real = self.lengths if self.lengths is not None else torch.full_like(length, n_token)
+        n_real = self.n_real(length, n_token)
         if self.starts is None:
             return length + n_real
         index = torch.arange(n_token, device=length.device)[None]

@@ -51,10 +51,7 @@ def softmax_attention(
     window = bias.rows.shape[1] - 1
     key = torch.cat([state.key, key.to(state.key.dtype)], 2)
     value = torch.cat([state.value, value.to(state.value.dtype)], 2)
-    age = torch.arange(n_old, 0, -1, device=query.device)
-    filled = (age <= state.length[:, None]).long() - 1
-    documents = segments.documents(query.shape[0], n_token, query.device)
-    documents = torch.cat([filled, documents], 1)
+    documents = segments.joined_documents(state.length, n_old, n_token)
     share = query.shape[1] // key.shape[1]
     wide_key, wide_value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
     outputs = []

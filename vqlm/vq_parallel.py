@@ -81,7 +81,7 @@ def vq_attention_parallel(
     starting = _starting_states(state, tokens, value, segments, n_token, block, reduction)
     if not cache_grad:
         starting = VQState(*(torch.cat([x[:, :1], x[:, 1:].detach()], 1) for x in starting))
-    n_real = segments.lengths if segments.lengths is not None else n_token + 0 * state.length
+    n_real = segments.n_real(state.length, n_token)
     rows = tokens._replace(
         code=rearrange(tokens.code, "b g (n l) -> (b n) g l", l=block),
         key=rearrange(tokens.key, "b g (n l) k -> (b n) g l k", l=block),
@@ -140,10 +140,7 @@ def _starting_states(
         total = repeat(state.value_sum, "b ... -> b n ...", n=n_block)
         count = repeat(state.value_count, "b ... -> b n ...", n=n_block)
     else:
-        new_documents = segments.documents(len(value), n_token, value.device)
-        age = torch.arange(window, 0, -1, device=value.device)
-        old_documents = (age <= state.length[:, None]).long() - 1  # -1: an empty slot
-        documents = torch.cat([old_documents, new_documents], 1)
+        documents = segments.joined_documents(state.length, window, n_token)
         # Autocast would round sums and counts, which the serial loop doesn't do either.
         with torch.autocast(value.device.type, enabled=False):
             total, count = _slots(state, code, value, documents, block, n_block, reduction)

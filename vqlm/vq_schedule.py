@@ -70,15 +70,9 @@ class Schedule:
         warm: bool,
     ) -> Schedule:
         """``length``: tokens of the state's document; ``warm``: whether its slots hold any."""
-        batch, _, n_joined = code.shape
-        n_token = n_joined - window
-        age = torch.arange(window, 0, -1, device=code.device)
-        memory = (age <= length[:, None]).long() - 1
-        called = segments.documents(batch, n_token, code.device)
-        document = torch.cat([memory, called], 1)
-        real = (
-            segments.lengths if segments.lengths is not None else torch.full_like(length, n_token)
-        )
+        n_token = code.shape[2] - window
+        document = segments.joined_documents(length, window, n_token)
+        real = segments.n_real(length, n_token)
 
         begins = torch.arange(0, n_token, block, device=code.device)
         n_leaving = (real[:, None] - begins).clamp(max=block).clamp(max=n_token - begins)
