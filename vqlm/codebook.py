@@ -108,11 +108,17 @@ def nearest_code(
         return best
 
 
+def flat_index(code: Int[Tensor, "... R T"], n_code: int) -> Int[Tensor, " n"]:
+    """Index of codes of R rows in a table whose rows, of ``n_code`` entries each, are joined."""
+    row = torch.arange(code.shape[-2], device=code.device)[:, None]
+    return (code + row * n_code).flatten()
+
+
 def look_up(codes: Float[Tensor, "G S K"], code: Int[Tensor, "B G T"]) -> Tensor:
     """codes[g, code[b, g, t]], of shape [B, G, T, K]."""
-    heads, n_code, width = codes.shape
-    index = code + torch.arange(heads, device=code.device)[:, None] * n_code
-    return codes.reshape(-1, width).index_select(0, index.flatten()).view(*code.shape, width)
+    _, n_code, width = codes.shape
+    index = flat_index(code, n_code)
+    return codes.reshape(-1, width).index_select(0, index).view(*code.shape, width)
 
 
 def sum_by_code(
@@ -120,9 +126,8 @@ def sum_by_code(
 ) -> Float[Tensor, "B G S V"]:
     """Sums the values of the tokens filed under each code."""
     batch, heads, _, width = values.shape
-    row = torch.arange(batch * heads, device=code.device).reshape(batch, heads, 1)
-    index = (code + row * n_code).flatten()
     total = values.new_zeros(batch * heads * n_code, width)
+    index = flat_index(code.flatten(0, 1), n_code)
     total = total.index_add(0, index, values.reshape(-1, width))
     return total.reshape(batch, heads, n_code, width)
 

@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vqlm.codebook import look_up
+from vqlm.codebook import flat_index, look_up
 from vqlm.vq_schedule import Block, Schedule
 
 
@@ -55,33 +55,32 @@ class Tensors(NamedTuple):
     """A constant."""
 
 
+def _must_shift(x: Tensors) -> bool:
+    """Whether exp of some score of the call, or the quotient of two, could leave the range of the
+    dtype, by an upper bound of all scores."""
+
+    def longest(*tensors: Tensor) -> Tensor:
+        return torch.stack([t.norm(dim=-1).max() for t in tensors if t.numel()]).max()
+
+    query = longest(x.query)
+    content = (query + longest(x.content)) * longest(x.codes, x.memory_key)
+    bound = (content + (query + longest(x.position)) * longest(x.rows)).item()
+    return 2 * bound > math.log(torch.finfo(x.query.dtype).max)
+
+
 class _Call:
     """One call's tensors as the products want them, and what forward and backward share."""
 
-    def __init__(self, x: Tensors, schedule: Schedule) -> None:
-        self.x, self.schedule = x, schedule
+    def __init__(self, x: Tensors, schedule: Schedule, shifts: bool) -> None:
+        self.x, self.schedule, self.shifts = x, schedule, shifts
         self.batch, self.heads, self.n_token, width = x.query.shape
         self.groups, self.n_code, _ = x.codes.shape
-        self.share = self.heads // self.groups
         self.window = schedule.window
         self.codes = x.codes.expand(self.batch, -1, -1, -1).reshape(-1, self.n_code, width)
         # Row m of these is for distance M - m, in the order of the columns of a query.
         rows = x.rows.flip(1).expand(self.batch, -1, -1, -1)
         self.rows = rows.reshape(self.batch * self.heads, self.window + 1, width)
-        limit = math.log(torch.finfo(x.query.dtype).max)
-        self.shifts = 2 * self._largest_score() > limit
         self._buffers: dict[str, Tensor] = {}
-
-    def _largest_score(self) -> float:
-        """An upper bound of every score of the call."""
-        x = self.x
-
-        def longest(*tensors: Tensor) -> Tensor:
-            return torch.stack([t.norm(dim=-1).max() for t in tensors if t.numel()]).max()
-
-        query = longest(x.query)
-        content = (query + longest(x.content)) * longest(x.codes, x.memory_key)
-        return (content + (query + longest(x.position)) * longest(x.rows)).item()
 
     def buffer(self, name: str, *shape: int) -> Tensor:
         """Memory for a tensor of ``shape``, the same whenever it is asked for by this name."""
@@ -217,8 +216,7 @@ class _Call:
 
     def _slot_index(self, block: Block) -> Tensor:
         code = self.schedule.code[:, :, block.begin : block.end].flatten(0, 1)
-        row = torch.arange(len(code), device=code.device)[:, None] * self.n_code
-        return (code + row).flatten()
+        return flat_index(code, self.n_code)
 
 
 class _Attend(torch.autograd.Function):
@@ -229,7 +227,7 @@ class _Attend(torch.autograd.Function):
         ctx: Any, schedule: Schedule, keep: bool, cache_grad: bool, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         x = Tensors(*tensors)
-        call = _Call(x, schedule)
+        call = _Call(x, schedule, _must_shift(x))
         width = x.value.shape[-1]
         # Laid out as [B, T, H, V], so that joining the heads afterwards costs nothing.
         out = x.query.new_empty(call.batch, call.n_token, call.heads, width).transpose(1, 2)
@@ -254,6 +252,7 @@ class _Attend(torch.autograd.Function):
         if keep:
             ctx.save_for_backward(*x._replace(key=x.key.new_empty(0)), out, normaliser, *kept)
             ctx.schedule, ctx.every, ctx.cache_grad = schedule, every, cache_grad
+            ctx.shifts = call.shifts
         return out, sums.view_as(x.sums)
 
     @staticmethod
@@ -261,7 +260,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_sums: Tensor) -> tuple[Tensor | None, ...]:
         n, saved = len(Tensors._fields), ctx.saved_tensors
         x, (out, normaliser, *kept) = Tensors(*saved[:n]), saved[n:]
-        call = _Call(x, ctx.schedule)
+        call = _Call(x, ctx.schedule, ctx.shifts)
         grads = _Gradients(call, d_sums, ctx.cache_grad)
         starts = [x.sums.flatten(0, 1), *kept]
         n_block = len(ctx.schedule.blocks)
