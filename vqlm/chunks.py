@@ -193,12 +193,13 @@ class Grid(NamedTuple):
         new = (place == 0).cumsum(1)
         # A row that goes on in its open chunk begins there, at chunk 0 of the call.
         index = new - (place[:, :1] == 0).long()
-        n_chunk = int(index.masked_fill(~valid, -1).amax()) + 1
+        n_chunk = int(index.masked_fill(~valid, -1).amax()) + 1 if n_token else 0
         at = (index * chunk + place).masked_fill(~valid, n_chunk * chunk)
         spots = position.new_zeros(len(length), n_chunk * chunk + 1)
         occupied = spots.scatter(1, at, 1)[:, :-1].unflatten(1, (n_chunk, chunk)).bool()
         seen = spots.scatter(1, at, position + 1)[:, :-1].unflatten(1, (n_chunk, chunk)).amax(2)
-        begins = spots.scatter(1, at, (position == 0).long())[:, :-1].unflatten(1, (-1, chunk))
+        begins = spots.scatter(1, at, (position == 0).long())[:, :-1]
+        begins = begins.unflatten(1, (n_chunk, chunk))
         filled = torch.where(occupied.any(2), (seen - 1) % chunk + 1, 0)
         return cls(index, place, valid, occupied, begins.amax(2).bool(), filled, seen)
 

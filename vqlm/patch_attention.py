@@ -33,8 +33,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vqlm.chunks import Grid
 from vqlm.codebook import nearest_code
 from vqlm.dictionary import dictionary_size
+from vqlm.segments import Segments
 
 
 class DictionaryState(NamedTuple):
@@ -101,73 +103,23 @@ def dictionary_attention(
             that are recent.
     """
     dtype, n_token = state.key.dtype, query.shape[2]
-    grid = _Grid.of(state.length, n_token, chunk, lengths)
-    query, key, value = (grid.lay_out(x.to(dtype)) for x in (query, key, value))
+    segments = Segments(lengths)
+    grid = Grid.of(segments, state.length, n_token, chunk)
+    if not grid.n_chunk:  # nothing but padding
+        return value.new_zeros(*query.shape[:3], value.shape[3], dtype=dtype), state
+    query, key, value = (grid.lay_out(x.to(dtype)).split(chunk, 2) for x in (query, key, value))
     memory = _Memory(*state[:6])
     outputs = []
     for c in range(grid.n_chunk):
-        number = grid.first + c
+        number = state.length // chunk + c
         memory = memory.opened(grid.occupied[:, c, 0], number, chunk, growth, codes)
-        memory = memory.written(key[:, c], value[:, c], grid.occupied[:, c])
+        memory = memory.written(key[c], value[c], grid.occupied[:, c])
         begin, end = grid.columns(c)
         seen = _seen(number, begin, end, memory.key.shape[2], chunk, reach)
-        part = _read(query[:, c, :, begin:end], memory, seen, scale, codes)
+        part = _read(query[c][:, :, begin:end], memory, seen, scale, codes)
         outputs.append(F.pad(part, (0, 0, begin, chunk - end)))
-    taken = torch.full_like(state.length, n_token) if lengths is None else lengths
-    if not outputs:
-        return query.new_zeros(*query.shape[:1], query.shape[2], n_token, value.shape[-1]), state
-    out = grid.take_back(torch.stack(outputs, 1))
-    return out, DictionaryState(*memory, state.length + taken)
-
-
-class _Grid(NamedTuple):
-    """Where a call's tokens lie in chunks: rows need not be in step."""
-
-    at: Int[Tensor, "B T"]
-    """Place of each token in the row's grid of C L places; C L for padding."""
-    occupied: Bool[Tensor, "B C L"]
-    """Whether a new token lies there."""
-    first: Int[Tensor, " B"]
-    """Number, in the stream, of the row's first chunk."""
-
-    @classmethod
-    def of(
-        cls, length: Int[Tensor, " B"], n_token: int, chunk: int, lengths: Tensor | None
-    ) -> _Grid:
-        index = torch.arange(n_token, device=length.device)
-        real = index < (n_token if lengths is None else lengths[:, None])
-        real = real.expand(len(length), n_token)
-        first = length // chunk
-        at = (length - first * chunk)[:, None] + index
-        most = int(at.masked_fill(~real, -1).amax()) if n_token else -1
-        n_chunk = most // chunk + 1
-        at = at.masked_fill(~real, n_chunk * chunk)
-        spots = torch.zeros(len(length), n_chunk * chunk + 1, dtype=torch.bool, device=at.device)
-        occupied = spots.scatter(1, at, True)[:, :-1].unflatten(1, (n_chunk, chunk))
-        return cls(at, occupied, first)
-
-    @property
-    def n_chunk(self) -> int:
-        return self.occupied.shape[1]
-
-    def columns(self, c: int) -> tuple[int, int]:
-        """First place of chunk ``c`` at which any row has a new token, and one past the last."""
-        used = self.occupied[:, c].any(0).nonzero()[:, 0]
-        return int(used[0]), int(used[-1]) + 1
-
-    def lay_out(self, x: Float[Tensor, "B A T W"]) -> Float[Tensor, "B C A L W"]:
-        """Puts tokens in their places, zeros elsewhere."""
-        n_place = self.occupied[0].numel()
-        index = self.at[:, None, :, None].expand_as(x)
-        flat = x.new_zeros(*x.shape[:2], n_place + 1, x.shape[3]).scatter(2, index, x)
-        chunk = self.occupied.shape[2]
-        return rearrange(flat[:, :, :-1], "b a (c l) w -> b c a l w", l=chunk)
-
-    def take_back(self, grid: Float[Tensor, "B C H L V"]) -> Float[Tensor, "B H T V"]:
-        """Undoes ``lay_out``."""
-        flat = F.pad(rearrange(grid, "b c h l v -> b h (c l) v"), (0, 0, 0, 1))
-        index = self.at[:, None, :, None]
-        return flat.gather(2, index.expand(-1, flat.shape[1], -1, flat.shape[3]))
+    out = grid.take_back(torch.cat(outputs, 2))
+    return out, DictionaryState(*memory, segments.advance(state.length, n_token))
 
 
 class _Memory(NamedTuple):
