@@ -8,10 +8,10 @@ from vqlm.softmax import SoftmaxAttention
 from vqlm.vq import VQAttention
 
 if TYPE_CHECKING:
-    from vqlm.patching import patch
+    from vqlm.patching import patch as patch
 
 __version__ = "0.1.0"
-__all__ = ["LM", "LMConfig", "SoftmaxAttention", "VQAttention", "__version__", "patch"]
+__all__ = ["LM", "LMConfig", "SoftmaxAttention", "VQAttention", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,8 @@ EXTRAS = {
     "data": ("PIL", "sentencepiece"),
     "official": ("flax", "msgpack", "orbax"),
     "play": ("starlette", "uvicorn"),
+    "hf": ("transformers",),
+    "harness": ("lm_eval",),
 }
 """Modules that vqlm imports where they are needed, by the extra that brings them."""
 

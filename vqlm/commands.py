@@ -286,9 +286,9 @@ def import_official(args: argparse.Namespace) -> dict[str, Any]:
     """``vqlm import-official``: a run folder that eval and sample can read."""
     from vqlm import checkpoint, convert
     from vqlm.official_files import read_official
+    from vqlm.prepared import refuse_occupied
 
-    if args.out.exists() and any(args.out.iterdir()):
-        raise ValueError(f"{args.out} is not empty; give a new folder")
+    refuse_occupied(args.out)
     params = read_official(args.path)
     settings = convert.infer_settings(params)
     told: dict[str, Any] = {}

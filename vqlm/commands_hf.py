@@ -19,10 +19,8 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any]:
     from vqlm.checkpoint import load_model
 
     load_model(args.run_folder)  # says what is wrong with a folder, if anything is
-    try:
-        from vqlm import harness
-    except ImportError as error:
-        raise lacks("lm-evaluation-harness", "harness", error) from error
+    from vqlm import harness
+
     results = harness.evaluate_tasks(
         args.run_folder, args.tasks.split(","), include=args.include, limit=args.limit,
         num_fewshot=args.fewshot, batch_size=args.batch_size,
@@ -33,11 +31,6 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any]:
             shown = f"{value:.4f}" if isinstance(value, float) else value
             print(f"{task:<24} {metric:<20} {shown}")
     return {"run": str(args.run_folder), "results": results}
-
-
-def lacks(what: str, extra: str, error: ImportError) -> ValueError:
-    """The error for a package that is not installed, and the extra that brings it."""
-    return ValueError(f"this needs {what}: pip install 'vqlm[{extra}]' ({error})")
 
 
 def state(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,14 +79,12 @@ def _read_on(args: argparse.Namespace) -> Prefix:
 def export(args: argparse.Namespace) -> dict[str, Any]:
     """``vqlm export``: a folder as transformers writes it, with a model card."""
     from vqlm.checkpoint import load_model
+    from vqlm.prepared import refuse_occupied
 
     load_model(args.run_folder)  # says what is wrong with a folder, if anything is
-    try:
-        from vqlm import hf
-    except ImportError as error:
-        raise lacks("transformers", "hf", error) from error
-    if args.out.exists() and any(args.out.iterdir()):
-        raise ValueError(f"{args.out} is not empty; give a new folder")
+    from vqlm import hf
+
+    refuse_occupied(args.out)
     model, tokenizer = hf.load(args.run_folder)
     model.save_pretrained(args.out, max_shard_size=args.shard_size)
     if tokenizer is not None:
@@ -104,17 +95,14 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 
 def adapt(args: argparse.Namespace) -> dict[str, Any]:
     """``vqlm adapt``: a patched model of transformers, brought back to its quality."""
+    from vqlm import adapt, patching
     from vqlm.config import override_all
+    from vqlm.prepared import refuse_occupied
 
-    try:
-        from vqlm import adapt, patching
-    except ImportError as error:
-        raise lacks("transformers", "hf", error) from error
     patch_config, config = override_all(
         setting_pairs(args.what), patching.PatchConfig(), adapt.AdaptConfig()
     )
-    if args.out.exists() and any(args.out.iterdir()):
-        raise ValueError(f"{args.out} is not empty; give a new folder")
+    refuse_occupied(args.out)
     layers = None if args.layers is None else [int(i) for i in args.layers.split(",")]
     found = adapt.run(args.model, args.data, args.out, patch_config, config, layers)
     print(

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from vqlm.chunks import lay_out
 from vqlm.config import LMConfig
 from vqlm.dictionary import Rules
+from vqlm.layers import Projected
 from vqlm.ovq_kernel import Call, ovq_function
 from vqlm.segments import Segments
 
@@ -136,6 +137,20 @@ class OVQAttention(nn.Module):
         self.output = nn.Linear(heads * v, config.d_model, bias=False)
         self.log_beta = nn.Parameter(torch.full((heads,), math.log(BETA_START)))
 
+    def project(self, x: Float[Tensor, "B T D"]) -> Projected:
+        """Queries and keys of any length, values, and the gate if there is one."""
+        key, value, gate = self.key_value_gate(x).split(self.widths, -1)
+        query = rearrange(self.query(x), "b t (h k) -> b h t k", k=self.config.d_k)
+        key = rearrange(key, "b t (g k) -> b g t k", k=self.config.d_k)
+        if self.config.gated:
+            value, gate = F.silu(value), F.silu(gate)
+        value = rearrange(value, "b t (g v) -> b g t v", v=self.config.d_v)
+        return Projected(query, key, value, gate if self.config.gated else None)
+
+    def beta(self, dtype: torch.dtype) -> Float[Tensor, " H"]:
+        """Inverse temperature of each head."""
+        return self.log_beta.to(dtype).exp().clamp(max=BETA_MOST)
+
     def init_state(self, batch_size: int) -> OVQState:
         """The empty state of ``batch_size`` rows, with the N of the config."""
         return initial_state(self.config, batch_size, self.log_beta)
@@ -153,19 +168,13 @@ class OVQAttention(nn.Module):
         ``with_stats`` and ``seed`` are for other mixers: there is no codebook and no sinusoid.
         """
         state = self.init_state(x.shape[0]) if state is None else state
-        key, value, gate = self.key_value_gate(x).split(self.widths, -1)
-        query = rearrange(self.query(x), "b t (h k) -> b h t k", k=self.config.d_k)
-        key = rearrange(key, "b t (g k) -> b g t k", k=self.config.d_k)
-        if self.config.gated:
-            value = F.silu(value)
-        value = rearrange(value, "b t (g v) -> b g t v", v=self.config.d_v)
+        query, key, value, gate = self.project(x)
         # Scores, dictionary and assignments stay in float32 under autocast.
         with torch.autocast(x.device.type, enabled=False):
             dtype = state.key_sum.dtype
-            beta = self.log_beta.to(dtype).exp().clamp(max=BETA_MOST)
             heads, state = ovq_attention(
                 F.normalize(query.to(dtype), dim=-1), F.normalize(key.to(dtype), dim=-1),
-                value, beta, state, segments, self.rules,
+                value, self.beta(dtype), state, segments, self.rules,
             )  # fmt: skip
         joined = rearrange(heads, "b h t v -> b t (h v)").to(x.dtype)
-        return self.output(joined * F.silu(gate) if self.config.gated else joined), state, None
+        return self.output(joined if gate is None else joined * gate), state, None

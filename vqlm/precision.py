@@ -13,7 +13,7 @@ SIZE = 256
 
 @cache
 def fastest(device_type: str) -> str:
-    """ "bfloat16" where this machine multiplies faster in it than in float32, else "float32".
+    """The faster one of "bfloat16" and "float32" in products of matrices.
 
     A CPU is asked by timing (a few products of 256 x 256): processors without bfloat16
     instructions emulate it, up to a hundred times slower than float32.  ``device_type`` is that of

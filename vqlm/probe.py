@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -101,15 +101,12 @@ def attention_weights(mixer: nn.Module, x: Float[Tensor, "1 T D"]) -> Float[Tens
 def _ovq_weights(mixer: ovq.OVQAttention, x: Tensor) -> Tensor:
     n_token = x.shape[1]
     config = dataclasses.replace(mixer.config, d_v=n_token)
-    query = rearrange(mixer.query(x), "b t (h k) -> b h t k", k=config.d_k)
-    key = mixer.key_value_gate(x)[..., : config.kv_heads * config.d_k]
-    key = rearrange(key, "b t (g k) -> b g t k", k=config.d_k)
+    query, key, _, _ = mixer.project(x)
     value = repeat(torch.eye(n_token).to(key), "t v -> 1 g t v", g=config.kv_heads)
-    beta = mixer.log_beta.exp().clamp(max=ovq.BETA_MOST)
     empty = ovq.initial_state(config, 1, value)
     return ovq.ovq_attention(
-        F.normalize(query, dim=-1), F.normalize(key, dim=-1), value, beta, empty,
-        rules=mixer.rules,
+        F.normalize(query, dim=-1), F.normalize(key, dim=-1), value,
+        mixer.beta(x.dtype), empty, rules=mixer.rules,
     )[0][0]  # fmt: skip
 
 
