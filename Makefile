@@ -24,7 +24,11 @@ help:
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+# Everything, and the part of it that the demo and the commands to try after it need.
+.venv/.installed: EXTRAS := dev
+.venv/.for-demo: EXTRAS := train,plot,play,data
+
+.venv/.installed .venv/.for-demo: pyproject.toml constraints.txt
 	@python='$(PYTHON)'; "$$python" -c '$(USABLE)' 2>/dev/null || { \
 	  echo "vqlm needs Python 3.11 or newer, with its venv and ensurepip modules." >&2; \
 	  echo "Got PYTHON=$$python: $$("$$python" --version 2>&1 | head -n 1)" >&2; \
@@ -34,7 +38,7 @@ install: .venv/.installed
 	@# An environment without pip is what an interrupted run leaves behind: start it over.
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	  echo "making .venv with $(PYTHON)"; "$(PYTHON)" -m venv --clear .venv; }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 # One thread per process: torch's own threads would fight over the cores with the JOBS processes.
@@ -45,7 +49,7 @@ test: install
 	for version in 3.12 3.13 3.14; do $(BIN)/mypy --python-version $$version || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-demo: install
+demo: $(if $(wildcard .venv/.installed),.venv/.installed,.venv/.for-demo)
 	$(BIN)/vqlm demo
 
 docs: install
