@@ -65,10 +65,20 @@ def package_offences(source: str) -> Iterator[str]:
         if not isinstance(node, Function):
             continue
         lines = (node.end_lineno or node.lineno) - node.lineno + 1
+        if silent(node):
+            yield f"{node.lineno}: {node.name} raises, but its docstring does not say what"
         if lines > MAX_FUNCTION_LINES:
             yield f"{node.lineno}: {node.name} has {lines} lines, the most is {MAX_FUNCTION_LINES}"
         if node.name == "__init__" and parameters(node) > MAX_CONSTRUCTOR_PARAMETERS:
             yield f"{node.lineno}: a constructor with {parameters(node)} parameters"
+
+
+def silent(function: Function) -> bool:
+    """Whether a function with a docstring raises something that this does not speak of."""
+    doc = ast.get_docstring(function)
+    raising = any(isinstance(x, ast.Raise) and x.exc is not None for x in ast.walk(function))
+    public = not function.name.startswith("_")
+    return public and raising and doc is not None and "raise" not in doc.lower()
 
 
 def parameters(function: Function) -> int:
@@ -131,6 +141,7 @@ OFFENDERS = {
     "never": ("tests/a.py", "assert " + "False, 'no'\n"),
     "long function": ("vqlm/a.py", DEF + BODY * (MAX_FUNCTION_LINES - 1)),
     "no docstring": ("vqlm/a.py", "def f():\n    pass\n"),
+    "raises in silence": ("vqlm/a.py", 'def f():\n    "Words."\n    raise ValueError("no")\n'),
     "class without docstring": ("vqlm/a.py", "class A:\n    pass\n"),
     "constructor": (
         "vqlm/a.py",
@@ -156,6 +167,10 @@ CLEAN = {
     "longest file": ("tests/a.py", "x = 1\n" * MAX_FILE_LINES),
     "longest function": ("vqlm/a.py", DEF + BODY * (MAX_FUNCTION_LINES - 2)),
     "private": ("vqlm/a.py", "def _f():\n    pass\n"),
+    "raises and says so": (
+        "vqlm/a.py",
+        'def f():\n    "Words.  Raises ValueError."\n    raise ValueError("no")\n',
+    ),
     "outside the package": ("tests/a.py", "def f():\n    pass\n"),
     "constructor": (
         "vqlm/a.py",

@@ -98,7 +98,11 @@ def _chosen(
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """``vqlm eval``: a whole split, or tasks of lm-evaluation-harness."""
+    """``vqlm eval``: a whole split, or tasks of lm-evaluation-harness.
+
+    Raises:
+        ValueError: no such run or text, or a vocabulary that is not the model's.
+    """
     if args.tasks:
         return commands_hf.evaluate_tasks(args)
     from vqlm import checkpoint, evaluate
@@ -153,7 +157,11 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def sample(args: argparse.Namespace) -> dict[str, Any]:
-    """``vqlm sample``: text to the terminal, pictures to a file."""
+    """``vqlm sample``: text to the terminal, pictures to a file.
+
+    Raises:
+        ValueError: an option for pictures and a model of text, or the other way round.
+    """
     from vqlm.checkpoint import load_medium, load_model
 
     model, medium = load_model(args.run_folder), load_medium(args.run_folder)
@@ -251,7 +259,11 @@ def _test_pictures(args: argparse.Namespace, medium: Medium, count: int) -> Any:
 
 
 def data(args: argparse.Namespace) -> dict[str, Any]:
-    """``vqlm data``: prepare or verify."""
+    """``vqlm data``: prepare or verify.
+
+    Raises:
+        ValueError: --source or --out is missing, or what they name can't be used.
+    """
     from vqlm import download, prepare, prepared
 
     if args.action == "verify":
@@ -283,7 +295,11 @@ def _value(text: str) -> Any:
 
 
 def import_official(args: argparse.Namespace) -> dict[str, Any]:
-    """``vqlm import-official``: a run folder that eval and sample can read."""
+    """``vqlm import-official``: a run folder that eval and sample can read.
+
+    Raises:
+        ValueError: a checkpoint or settings that fit no official model, or an occupied folder.
+    """
     from vqlm import checkpoint, convert
     from vqlm.official_files import read_official
     from vqlm.prepared import refuse_occupied
@@ -333,7 +349,11 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def play(args: argparse.Namespace) -> dict[str, Any]:
-    """``vqlm play``: until Ctrl-C."""
+    """``vqlm play``: until Ctrl-C.
+
+    Raises:
+        ValueError: a model of pictures, which has no page.
+    """
     from vqlm.checkpoint import load_medium, load_model
     from vqlm.play import GROWING_POSITION, Playground, serve
     from vqlm.sessions import Limits

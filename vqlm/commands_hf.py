@@ -34,7 +34,11 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def state(args: argparse.Namespace) -> dict[str, Any]:
-    """``vqlm state``: make, extend or show the state of a long prompt."""
+    """``vqlm state``: make, extend or show the state of a long prompt.
+
+    Raises:
+        ValueError: --model is missing, or the state is of another model.
+    """
     from vqlm import prefix
 
     if args.action == "show":

@@ -272,7 +272,11 @@ def _require(config: object, name: str, ok: bool, wanted: str) -> None:
 
 
 def require_known(kind: str, name: str, known: Iterable[str]) -> None:
-    """Raise a ``ValueError`` with the nearest valid name unless ``name`` is in ``known``."""
+    """Nothing, if ``name`` is in ``known``.
+
+    Raises:
+        ValueError: it is not; the message has the nearest valid name.
+    """
     names = list(known)
     if name in names:
         return

@@ -44,7 +44,11 @@ class StateLayer(CacheLayerMixin, Generic[S]):
         """Nothing to do: the first call brings the state."""
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refused: there are no keys and values to append to."""
+        """Refused: there are no keys and values to append to.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError(f"a {type(self).__name__} holds vqlm's state, which only vqlm can update")
 
     def take(self, state: S, n_token: int) -> None:

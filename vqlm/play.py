@@ -192,7 +192,10 @@ class Playground:
         return JSONResponse(_place(session))
 
     async def read(self, request: Request) -> Response:
-        """Takes in the body, a part of a text; ``?more=1`` if another part follows."""
+        """Takes in the body, a part of a text; ``?more=1`` if another part follows.
+
+        Raises ``Refused``: text in another encoding, or too much of it.
+        """
         session = self.pool.get(request.path_params["name"])
         body = await _body(request, self.pool.limits.body_bytes)
         self.pool.claim(session)

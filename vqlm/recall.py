@@ -123,7 +123,11 @@ def regression(n_triple: int, n_row: int, generator: torch.Generator) -> Example
 
 
 def needle(split: Split) -> Draw:
-    """The task over the text of ``split``, in bytes: contexts of ``size`` tokens."""
+    """The task over the text of ``split``, in bytes: contexts of ``size`` tokens.
+
+    Raises, when drawn from:
+        ValueError: a size that is no multiple of ``ALIGN``, or not below the text's length.
+    """
 
     def draw(size: int, n_row: int, generator: torch.Generator) -> Examples:
         if size % ALIGN:

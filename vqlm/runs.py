@@ -133,7 +133,11 @@ def measure(model: LM, split: Split) -> dict[str, Any]:
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """A short name for each folder, unlike all others: its last parts, as many as that takes."""
+    """A short name for each folder, unlike all others: its last parts, as many as that takes.
+
+    Raises:
+        ValueError: a folder that is there twice.
+    """
     paths = [folder.resolve() for folder in folders]
     for n in range(1, max((len(p.parts) for p in paths), default=1) + 1):
         names = ["/".join(p.parts[-n:]) for p in paths]
