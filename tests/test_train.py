@@ -22,12 +22,14 @@ from tiny import (
     fit,
     trainer,
 )
+from torch import Tensor
 from torch.testing import assert_close
 
 from vqlm import checkpoint, precision
 from vqlm.config import TrainConfig
 from vqlm.data import Corpus, Lanes, load_corpus
 from vqlm.evaluate import Evaluation
+from vqlm.model import LMOutput
 from vqlm.train import Trainer
 
 MIXERS: dict[str, dict[str, Any]] = {
@@ -190,6 +192,24 @@ def test_the_paper_counts_its_schedule_from_the_end_of_the_warm_up(
     want = [0.5 * min(1, i / 4) * cosine(max(0, i - 4) / 6, 0.1) for i in range(12)]
     assert rates(run, 12) == pytest.approx(want)
     assert rates(run, 12)[0] == 0
+
+
+def test_the_commitment_falls_to_its_final_share(
+    data: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a constant factor a step, and it is what the objective is given."""
+    weights, objective = [], LMOutput.objective
+
+    def noted(out: LMOutput, targets: Tensor, weight: float, **more: Any) -> Any:
+        weights.append(weight)
+        return objective(out, targets, weight, **more)
+
+    monkeypatch.setattr(LMOutput, "objective", noted)
+    run = trainer(data, tmp_path / "run", steps=4, commitment=0.1, final_commitment=0.01)
+    run.fit()
+    assert weights == pytest.approx([0.1 * 0.01 ** (i / 4) for i in range(4)])
+    run.progress.step = 9
+    assert run.commitment() == pytest.approx(0.001)
 
 
 def test_extra_steps_are_made(data: Corpus, tmp_path: Path) -> None:

@@ -209,6 +209,9 @@ class TrainConfig:
     """Largest global norm of a gradient; None: any."""
     commitment: float = 1e-4
     """Weight of the commitment loss, sum over layers of the mean over tokens of |k - k_hat|^2."""
+    final_commitment: float = 1.0
+    """Share of it that is left at the end of the training; it falls geometrically, by steps or
+    time, whichever is further along.  1: it stays."""
     codebook_decay: float = 0.99
     """Decay of the codebooks' moving sums, per step."""
     codebook_start: str = "random"
@@ -234,9 +237,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "steps batch_size seq_len accumulate warmup_steps log_every eval_every eval_bytes"
+            "steps batch_size seq_len accumulate warmup_steps log_every eval_every eval_bytes "
+            "save_every keep learning_rate adam_epsilon final_commitment"
         )
-        for name in (*positive.split(), "save_every", "keep", "learning_rate", "adam_epsilon"):
+        for name in positive.split():
             _require(self, name, getattr(self, name) > 0, "positive")
         for name in ("minutes", "clip_norm"):
             value = getattr(self, name)

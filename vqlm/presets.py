@@ -14,18 +14,20 @@ from vqlm.config import LMConfig, TrainConfig, require_known
 
 Preset = tuple[LMConfig, TrainConfig]
 
-# What wins among codebook recipes (docs/results).  A code is the mean of the keys of some twenty
-# steps: with the paper's hundred it lags behind keys that still move.
+# What wins among codebook recipes (docs/results).  A strong commitment helps keys and codes to find
+# each other and then holds the keys back, so it fades; codes that move slowly leave the keys alone.
 _RECIPE: dict[str, Any] = {
     "codebook_start": "kmeans",
     "revive_below": 0.1,
     "commitment": 1e-2,
-    "codebook_decay": 0.95,
+    "final_commitment": 0.01,
+    "codebook_decay": 0.99,
 }
 _PAPER_RECIPE: dict[str, Any] = {
     "codebook_start": "random",
     "revive_below": 0.0,
     "commitment": 1e-4,
+    "final_commitment": 1.0,
     "codebook_decay": 0.99,
 }
 

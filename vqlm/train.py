@@ -105,12 +105,17 @@ class Trainer:
             final_rate=config.final_rate, from_zero=config.warmup_apart,
         )  # fmt: skip
 
+    def commitment(self) -> float:
+        """Weight of the commitment loss in the next step."""
+        share = min(1.0, self.share_done())
+        return self.config.commitment * self.config.final_commitment**share
+
     def step(self, batch: Batch) -> StepSums:
         """One optimizer step and one codebook update; returns sums over the batch, on the device.
 
         loss = mean over tokens of (cross-entropy + commitment weight * sum over layers |k-k_hat|^2)
         """
-        rate = self.rate()
+        rate, weight = self.rate(), self.commitment()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = batch.to(self.accelerator.device)
@@ -127,9 +132,7 @@ class Trainer:
                 batch.inputs[cut], self.states[part], starts=batch.starts[cut], dropout_seed=seed
             )
             self.states[part] = out.state.detach()
-            loss, part_nats = out.objective(
-                batch.targets[cut], self.config.commitment, n_token=n_token
-            )
+            loss, part_nats = out.objective(batch.targets[cut], weight, n_token=n_token)
             nats = nats + part_nats
             self.accelerator.backward(loss)
             stats = out.stats() if stats is None else merge_layers(stats, out.stats())
