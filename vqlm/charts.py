@@ -39,15 +39,18 @@ def loss(runs: Sequence[Run]) -> Chart | None:
         return None
 
     def draw(figure: Any, style: Style) -> None:
-        axes = figure.subplots()
+        axes, late = figure.subplots(), []
         for i, run in enumerate(shown):
             x, y = thin(*run.series("train/bits_per_byte"))
             axes.plot(x, y, color=style.colour(i), alpha=0.45, linewidth=1.1)
+            late.append(y[x >= x[-1] / 10].max())
             x, y = run.series("validation/bits_per_byte", looks=True)
             axes.plot(
                 x, y, DASHES[i % 4], color=style.colour(i), marker=MARKERS[i % 5], markersize=4.5,
                 label=run.label,
             )  # fmt: skip
+        # The fall of the first steps would press all that matters into the lowest tenth.
+        axes.set_ylim(top=1.02 * max(late))
         _token_axis(axes, "tokens trained on")
         axes.set_ylabel("bits per byte")
         legend(figure, style)
@@ -62,7 +65,8 @@ def loss(runs: Sequence[Run]) -> Chart | None:
     head = ("run", "training, last (bits/byte)", "validation, best (bits/byte)", "at tokens")
     return Chart(
         "loss", "Loss", "Bits per byte, lower is better. Thin lines: training, the mean between "
-        "two log lines. Lines with markers: looks at the first bytes of the validation split.",
+        "two log lines. Lines with markers: looks at the first bytes of the validation split. "
+        "The first tenth of a training may begin above the picture.",
         f"Line chart of bits per byte against tokens trained on. {'; '.join(words)}.",
         Table(head, tuple(rows)), draw,
     )  # fmt: skip
