@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "vqlm"
 # of what lies below it, so training is not part of what `import vqlm` loads.
 ROWS = [
     {"reference", "config", "codebook", "segments", "vocabulary", "compressors", "sampling"},
-    {"figures", "settings", "precision"},
+    {"figures", "settings", "precision", "sealed"},
     {"layers", "data", "vq_schedule", "chunks", "dictionary"},
     {"vq_kernel", "ovq_kernel"},
     {"vq", "softmax", "ovq", "prepared"},

@@ -5,8 +5,9 @@
     RUN/checkpoints/step-00000500/         all of these, and trainer.json, trainer.safetensors
     RUN/best/                              the model that did best on validation, trainer.json
 
-A checkpoint is written to a folder of another name, synced, and renamed when it is complete.
-Only JSON and safetensors are ever read; neither can run code.
+A checkpoint is written to a folder of another name, synced, and renamed when it is complete.  Its
+tensor files are sealed, and ``trainer.safetensors``, written last, holds digests of the others, so
+that damage is noticed.  Only JSON and safetensors are ever read; neither can run code.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from vqlm import sealed
 from vqlm.config import LMConfig, from_dict
 from vqlm.data import Corpus
 from vqlm.model import LM
@@ -98,7 +98,7 @@ def save_model(model: LM, folder: Path, medium: Medium | None = None) -> None:
         save_medium(medium, folder)
     fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(model.config)}
     _write(folder / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
-    _write(folder / "model.safetensors", safetensors.torch.save(_on_cpu(model.state_dict())))
+    _write(folder / "model.safetensors", sealed.pack(_on_cpu(model.state_dict())))
 
 
 def load_model(path: str | Path) -> LM:
@@ -149,7 +149,7 @@ def load_weights(model: LM, path: Path) -> None:
     Raises:
         ValueError: a damaged file, or tensors that are missing, left over or of another shape.
     """
-    tensors = _read_shards(path) if path.name == SHARD_INDEX else _read_tensors(path)
+    tensors = _read_shards(path) if path.name == SHARD_INDEX else sealed.unpack(path)[0]
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or name not in wanted:
@@ -220,8 +220,10 @@ def save_checkpoint(
     try:
         with _replacing(final) as partial:
             save_model(model, partial, medium)
-            _write(partial / "trainer.safetensors", safetensors.torch.save(_on_cpu(tensors)))
             _write(partial / "trainer.json", json.dumps({"step": step, **info}, indent=2).encode())
+            digests = {x.name: sealed.digest_of_file(x) for x in sorted(partial.iterdir())}
+            facts = {"files": json.dumps(digests)}
+            _write(partial / "trainer.safetensors", sealed.pack(_on_cpu(tensors), facts))
         _publish(final, run)
     except OSError as error:
         newest = newest_checkpoint(run)
@@ -243,14 +245,54 @@ def newest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def newest_valid_checkpoint(run: Path, report: Callable[[str], object]) -> Path | None:
+    """The newest checkpoint that is as it was written; None if there never was one.
+
+    ``report`` is told of every newer one that is damaged.
+
+    Raises:
+        ValueError: all are damaged; the message is of the newest.
+    """
+    first: ValueError | None = None
+    for folder in reversed(complete_checkpoints(run)):
+        try:
+            load_trainer(folder)
+        except ValueError as error:
+            first = first or error
+            report(f"{error}; trying the checkpoint before it")
+        else:
+            return folder
+    if first is not None:
+        raise first
+    return None
+
+
+def set_aside_after(checkpoint: Path) -> None:
+    """Renames what claims to be newer than ``checkpoint``, so that it is newest again."""
+    for newer in complete_checkpoints(checkpoint.parents[1]):
+        if newer.name > checkpoint.name:
+            aside = newer.with_name(f"damaged-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
+
+
 def load_trainer(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of the trainer as given to ``save_checkpoint``, with ``step``.
 
     Raises:
-        ValueError: a damaged file.
+        ValueError: any file of the checkpoint is missing, or not as it was written.
     """
-    info = load_facts(checkpoint)
-    return _read_tensors(checkpoint / "trainer.safetensors"), info
+    info, path = load_facts(checkpoint), checkpoint / "trainer.safetensors"
+    try:
+        tensors, facts = sealed.unpack(path)
+        for name, digest in json.loads(facts["files"]).items():
+            if sealed.digest_of_file(checkpoint / name) != digest:
+                raise ValueError(f"{checkpoint / name} is damaged: it is not as it was written")
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} is missing, so {checkpoint} is damaged") from error
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: it does not tell what belongs to it") from error
+    return tensors, info
 
 
 def load_facts(folder: Path) -> dict[str, Any]:
@@ -299,19 +341,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(path.read_bytes())
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-
-
 def _read_shards(index: Path) -> dict[str, Tensor]:
     try:
         names = sorted({Path(name).name for name in _read_json(index)["weight_map"].values()})
         tensors: dict[str, Tensor] = {}
         for name in names:
-            tensors |= _read_tensors(index.with_name(name))
+            tensors |= sealed.unpack(index.with_name(name))[0]
     except (KeyError, AttributeError, TypeError, FileNotFoundError) as error:
         raise ValueError(f"{index} or a file that it names is damaged: {error!r}") from error
     return tensors

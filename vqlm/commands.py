@@ -37,7 +37,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         model_config = dataclasses.replace(model_config, vocab_size=corpus.vocabulary.size)
     trainer = Trainer(model_config, config, corpus, source, out)
     if args.resume is not None:
-        trainer.resume()
+        trainer.resume(lambda _: None)  # `_chosen` has told already
     progress = trainer.fit()
     result: dict[str, Any] = {"run": str(out), "steps": progress.step, "tokens": progress.tokens}
     result["minutes"] = progress.seconds / 60
@@ -88,13 +88,17 @@ def _chosen(
     if names or args.out:
         extra = f"preset {names[0]!r}" if names else f"--out {args.out}"
         raise ValueError(f"--resume goes on with the run as it is; leave out {extra}")
-    newest = checkpoint.newest_checkpoint(args.resume)
+    newest = checkpoint.newest_valid_checkpoint(args.resume, _warn)
     if newest is None:
         raise FileNotFoundError(f"{args.resume} has no checkpoint to resume from")
-    info = checkpoint.load_trainer(newest)[1]
+    info = checkpoint.load_facts(newest)
     model_config = checkpoint.read_config(newest / "config.json")
     config = from_dict(TrainConfig, info["train"])
     return model_config, config, source or info["data"], args.resume
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

@@ -21,12 +21,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vqlm import sealed
 from vqlm.model import LM, LMState
 
 FORMAT = "vqlm state 1"
@@ -89,7 +89,7 @@ class Prefix(NamedTuple):
         target = Path(path)
         partial = target.with_name(f".{target.name}.partial")
         try:
-            partial.write_bytes(safetensors.torch.save(tensors, metadata))
+            partial.write_bytes(sealed.pack(tensors, metadata))
             os.replace(partial, target)
         except OSError:
             partial.unlink(missing_ok=True)
@@ -110,11 +110,11 @@ class Prefix(NamedTuple):
                 "Load it with the model that made it, or make it anew: vqlm state make"
             )
         try:
-            tensors = safetensors.torch.load(file.read_bytes())
+            tensors, _ = sealed.unpack(file)
             last = tensors.pop("last")
             wanted = model.init_state(len(last))
             found = [tensors.pop(f"state.{i}") for i in range(len(wanted.tensors()))]
-        except (SafetensorError, KeyError) as error:
+        except (ValueError, KeyError) as error:
             raise _damaged(file, error) from error
         for got, want in zip(found, wanted.tensors(), strict=True):
             if got.shape != want.shape or got.dtype != want.dtype:

@@ -10,7 +10,8 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -209,15 +210,17 @@ class Trainer:
             "progress": dataclasses.asdict(self.progress),
         }
 
-    def resume(self) -> None:
-        """Takes up the newest checkpoint of the run folder, as if there had been no stop.
+    def resume(self, report: Callable[[str], object] = warnings.warn) -> None:
+        """Takes up the newest valid checkpoint of the run folder, as if there had been no stop.
+
+        ``report`` is told of newer ones that are damaged; they are renamed out of the way.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is damaged, of another model, cut in other batches, or its text has
-                changed since.
+            ValueError: all are damaged, or the newest valid one is of another model, cut in other
+                batches, or its text has changed since.
         """
-        folder = checkpoint.newest_checkpoint(self.out)
+        folder = checkpoint.newest_valid_checkpoint(self.out, report)
         if folder is None:
             raise FileNotFoundError(f"{self.out} has no checkpoint to resume from")
         _require_same(checkpoint.read_config(folder / "config.json"), self.bare_model.config)
@@ -236,6 +239,7 @@ class Trainer:
         except (KeyError, TypeError) as error:
             raise _damaged(folder, error) from error
         self.saved_step = self.progress.step
+        checkpoint.set_aside_after(folder)
 
     def _require_same_data(self, folder: Path, info: dict[str, Any]) -> None:
         if info["fingerprint"] != self.corpus.fingerprint:

@@ -1,0 +1,65 @@
+"""Tensor files that tell when they were damaged: safetensors with a SHA-256 of all they hold.
+
+safetensors itself notices a file that was cut short, but not a bit that has flipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, uint8
+
+SEAL = "sha256"
+"""Where the digest stands in a file's metadata."""
+
+
+def pack(tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> bytes:
+    """What a file with these tensors, on the CPU and contiguous, and these ``facts`` holds."""
+    facts = {"format": "pt", **(facts or {})}
+    return safetensors.torch.save(tensors, {**facts, SEAL: digest(tensors, facts)})
+
+
+def unpack(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and facts of a file; facts without ``SEAL`` are of one that others wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, or one that is not as it was written.
+    """
+    content = path.read_bytes()
+    try:
+        tensors = safetensors.torch.load(content)
+        (length,) = struct.unpack("<Q", content[:8])
+        facts = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, KeyError, ValueError, struct.error) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    seal = facts.pop(SEAL, None)
+    if seal is not None and seal != digest(tensors, facts):
+        raise ValueError(f"{path} is damaged: it does not hold what was written to it")
+    return tensors, facts if seal is None else {**facts, SEAL: seal}
+
+
+def digest(tensors: dict[str, Tensor], facts: dict[str, str]) -> str:
+    """SHA-256 of names, dtypes, shapes and values, and of the facts, whatever their order."""
+    total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        total.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        # One element may claim any stride, and is contiguous all the same.
+        flat = x.reshape(-1).as_strided((x.numel(),), (1,))
+        total.update(flat.view(uint8).numpy().data)
+    return total.hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    return hashlib.sha256(path.read_bytes()).hexdigest()
