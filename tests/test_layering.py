@@ -24,7 +24,7 @@ ROWS = [
     {"prefix"},
     {"evaluate", "sample", "checkpoint", "prepare", "convert", "optimizers", "official_files"},
     {"probe", "sessions"},
-    {"runlog", "runs", "card", "hf_cache", "hf_tokenizer", "fidelity"},
+    {"runlog", "guard", "runs", "card", "hf_cache", "hf_tokenizer", "fidelity"},
     {"charts", "patching"},
     {"patched_files"},
     {"__init__"},

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 from tiny import ALL_OF_IT, DROPOUT, after_step, assert_same, corpus, everything, fit, trainer
 
-from vqlm import checkpoint, cli, sealed
+from vqlm import checkpoint, cli, guard, sealed
 from vqlm.checkpoint import complete_checkpoints, load_model, newest_checkpoint
 from vqlm.data import Corpus
 from vqlm.train import Trainer, TrainingDiverged
@@ -292,6 +294,55 @@ def test_the_command_says_how_to_go_on_after_ctrl_c(
     assert cli.main(said.split(": ")[1].split()[1:]) == 0
     whole, resumed = (load_model(path).state_dict() for path in (tmp_path / "whole", run))
     assert_same(resumed, whole)
+
+
+def test_a_loop_of_resume_auto_outlives_terminations(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Terminated twice, called until it says 0 and once more: the model of one whole training."""
+    corpus(tmp_path / "texts")
+    words = "n_layer=1 d_model=16 n_head=1 n_code=8 batch_size=2 seq_len=16 steps=5 context_len=16"
+    command = ["train", "mini", *words.split(), "--data", str(tmp_path / "texts"), "--out"]
+    assert cli.main([*command, str(tmp_path / "whole")]) == 0
+    step, terminations = Trainer.step, {1, 3}
+
+    def terminated(self: Trainer, batch: Any) -> Any:
+        if self.progress.step in terminations:
+            terminations.remove(self.progress.step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Trainer, "step", terminated)
+    codes = [cli.main([*command, str(run), "--resume", "auto"]) for _ in range(4)]
+    assert codes == [cli.EXIT_TERMINATED, cli.EXIT_TERMINATED, 0, 0] and cli.EXIT_TERMINATED == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "Saved step 2." in capsys.readouterr().out
+    whole, resumed = (load_model(path).state_dict() for path in (tmp_path / "whole", run))
+    assert_same(resumed, whole)
+
+
+def test_two_trainings_do_not_share_a_folder(data: Corpus, run: Path) -> None:
+    with (
+        guard.alone_in(run),
+        pytest.raises(ValueError, match="another training is writing to .*choose another --out"),
+    ):
+        trainer(data, run, steps=1).fit()
+    assert newest_checkpoint(run) is None
+    assert trainer(data, run, steps=1).fit().step == 1
+
+
+def test_a_killed_process_leaves_no_lock(run: Path) -> None:
+    program = (
+        "import os, pathlib, signal\nfrom vqlm import guard\n"
+        f"with guard.alone_in(pathlib.Path({str(run)!r})):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    root = Path(__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", program], cwd=root)
+    assert killed.returncode == -signal.SIGKILL and (run / guard.LOCK).exists()
+    with guard.alone_in(run):
+        pass
 
 
 def test_another_model_is_refused_with_all_that_differs(data: Corpus, finished: Path) -> None:

@@ -3,6 +3,7 @@
     RUN/config.json, model.safetensors     the newest model: what ``load_model`` and others read
     RUN/data.json, vocabulary.model        what its tokens stand for; no such model for bytes
     RUN/checkpoints/step-00000500/         all of these, and trainer.json, trainer.safetensors
+    RUN/.lock                              held while a training writes
     RUN/best/                              the model that did best on validation, trainer.json
 
 A checkpoint is written to a folder of another name, synced, and renamed when it is complete.  Its

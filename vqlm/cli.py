@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 from vqlm import __version__, commands_hf
 from vqlm import commands as do
 
-EXIT_USAGE, EXIT_DIVERGED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_USAGE, EXIT_DIVERGED, EXIT_TERMINATED, EXIT_INTERRUPTED = 2, 3, 75, 130
 
 EXTRAS = {
     "train": ("accelerate", "lion_pytorch", "shtab", "tensorboard", "tqdm", "yaml"),
@@ -46,6 +47,7 @@ exit codes:
   0    done
   2    a mistake in what was asked for, or a file that cannot be used; the last line says which
   3    the training diverged
+  75   a training was sent SIGTERM, and has saved its place
   130  interrupted (Ctrl-C); a training has saved its place
 
 NO_COLOR=1 switches colour off, and so does a pipe. VQLM_DEBUG=1 shows where an error came from."""
@@ -53,7 +55,7 @@ NO_COLOR=1 switches colour off, and so does a pipe. VQLM_DEBUG=1 shows where an 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 (a mistake in what was asked for or a file
-    that can't be used), 3 (training diverged), 130 (interrupted)."""
+    that can't be used), 3 (training diverged), 75 (terminated), 130 (interrupted)."""
     parser = _parser()
     # argparse takes words only before or only after the options, a user puts them anywhere.
     args, words = parser.parse_known_args(arguments)
@@ -77,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         return _explain(args.command, error)
+    if result.get("signal") == signal.SIGTERM:
+        return EXIT_TERMINATED
     return EXIT_INTERRUPTED if result.get("interrupted") else 0
 
 
@@ -190,7 +194,10 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument("--data", help="file or folder; default: Python's own standard library")
     train.add_argument("--out", type=Path, help="new run folder; default: runs/latest")
-    train.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    train.add_argument(
+        "--resume", type=Path, metavar="DIR",
+        help="go on with the run in DIR; auto: with the one in --out, or begin it (for a loop)",
+    )  # fmt: skip
     train.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
     train.set_defaults(run=do.train)
 

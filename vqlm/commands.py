@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from vqlm.model import LM
 
 
+_AUTO = Path("auto")
+
+
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """``vqlm train``: a new run, or one that goes on."""
+    from vqlm import checkpoint
     from vqlm.config import override_all
     from vqlm.prepared import open_corpus
     from vqlm.train import Trainer
@@ -33,17 +37,18 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     model_config, config, source, out = _chosen(args, source)
     model_config, config = override_all(pairs, model_config, config)
     corpus = open_corpus(source)
-    if args.resume is None and "vocab_size" not in pairs:
+    resumed = checkpoint.newest_checkpoint(out) is not None
+    if not resumed and "vocab_size" not in pairs:
         model_config = dataclasses.replace(model_config, vocab_size=corpus.vocabulary.size)
     trainer = Trainer(model_config, config, corpus, source, out)
-    if args.resume is not None:
+    if resumed:
         trainer.resume(lambda _: None)  # `_chosen` has told already
     progress = trainer.fit()
     result: dict[str, Any] = {"run": str(out), "steps": progress.step, "tokens": progress.tokens}
     result["minutes"] = progress.seconds / 60
     if trainer.stop_requested:
         print(f"\nSaved step {progress.step}. To go on: vqlm train --resume {out}")
-        return {**result, "interrupted": True}
+        return {**result, "interrupted": True, "signal": trainer.stop_signal}
     assert trainer.newest_look is not None
     result["validation"] = trainer.newest_look[1].summary()
     bits = result["validation"]["bits_per_byte"]
@@ -79,15 +84,17 @@ def _chosen(
         raise ValueError(f"one preset at most, got {' and '.join(names)}")
     if names and names[0] not in presets.PRESETS and Path(names[0]).exists():
         raise ValueError(f"{names[0]} is no preset; to train on it: --data {names[0]}")
+    out = args.out or Path("runs/latest")
+    if args.resume == _AUTO:
+        args.resume = out if checkpoint.newest_checkpoint(out) is not None else None
+    elif args.resume is not None and (names or args.out):
+        extra = f"preset {names[0]!r}" if names else f"--out {args.out}"
+        raise ValueError(f"--resume goes on with the run as it is; leave out {extra}")
     if args.resume is None:
-        out = args.out or Path("runs/latest")
         model_config, config = presets.get(names[0] if names else "mini")
         if checkpoint.newest_checkpoint(out) is not None:
             raise ValueError(f"{out} already holds a run; use --resume {out}, or another --out")
         return model_config, config, source, out
-    if names or args.out:
-        extra = f"preset {names[0]!r}" if names else f"--out {args.out}"
-        raise ValueError(f"--resume goes on with the run as it is; leave out {extra}")
     newest = checkpoint.newest_valid_checkpoint(args.resume, _warn)
     if newest is None:
         raise FileNotFoundError(f"{args.resume} has no checkpoint to resume from")

@@ -8,12 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
-from vqlm import checkpoint
+from vqlm import checkpoint, guard
 from vqlm.codebook import merge_layers
 from vqlm.config import LMConfig, TrainConfig
 from vqlm.data import Batch, Corpus, Lanes
@@ -76,6 +74,8 @@ class Trainer:
         self.saved_step: int | None = None
         self.health = torch.zeros((), device=self.accelerator.device)
         self.stop_requested = False
+        self.stop_signal: int | None = None
+        """The signal that asked for it, if one did."""
         self.newest_look: tuple[int, Evaluation] | None = None
         """Step and result of the last look at the validation split."""
 
@@ -273,9 +273,10 @@ class Trainer:
             self.states[part] = empty.replace_tensors(old)
 
     def fit(self) -> Progress:
-        """Trains to the end, or until Ctrl-C; logs, validates and saves on the way.
+        """Trains to the end, or until Ctrl-C or SIGTERM; logs, validates and saves on the way.
 
         Raises:
+            ValueError: another training holds the run folder.
             TrainingDiverged: the loss is not finite; the last good checkpoint stays.
             OSError: the last checkpoint could not be written.
         """
@@ -286,7 +287,10 @@ class Trainer:
                 batch.inputs, self.config.seed, starts=batch.starts
             )
         self.model.train()
-        with self._stop_on_interrupt(), contextlib.closing(RunLog(self.out)) as log:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(guard.alone_in(self.out))
+            stack.enter_context(guard.stopped_by_signals(self._stop))
+            log = stack.enter_context(contextlib.closing(RunLog(self.out)))
             while self.share_done() < 1 and not self.stop_requested:
                 began = time.monotonic()
                 log.add(self.step(self.lanes.next_batch()))
@@ -340,23 +344,8 @@ class Trainer:
             context_len=self.config.context_len,
         )  # fmt: skip
 
-    @contextlib.contextmanager
-    def _stop_on_interrupt(self) -> Iterator[None]:
-        """The first Ctrl-C ends training after the step under way, a second one at once."""
-
-        def on_interrupt(number: int, frame: FrameType | None) -> None:
-            self.stop_requested = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        try:
-            before = signal.signal(signal.SIGINT, on_interrupt)
-        except ValueError:  # not in the main thread, where there is no Ctrl-C to catch
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def _stop(self, number: int) -> None:
+        self.stop_requested, self.stop_signal = True, number
 
 
 def _accelerator(precision: str) -> Accelerator:
