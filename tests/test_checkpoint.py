@@ -225,7 +225,15 @@ def test_a_real_run_folder_has_what_its_docstring_says(tmp_path: Path) -> None:
     model = ("config.json", "data.json", "model.safetensors")
     files = (*model, "trainer.json", "trainer.safetensors")
     steps = [f"checkpoints/step-{step:08d}" for step in (2, 3)]
-    expected = {*model, "metrics.jsonl", "events", "checkpoints", "best", "best/trainer.json"}
+    expected = {
+        *model,
+        ".lock",
+        "metrics.jsonl",
+        "events",
+        "checkpoints",
+        "best",
+        "best/trainer.json",
+    }
     expected |= {f"best/{file}" for file in model}
     expected |= {*steps, *(f"{step}/{file}" for step in steps for file in files)}
     assert {name for name in names if not name.startswith("events/")} == expected
