@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,29 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return locate
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Any:
+    """A small corpus.  What it needs of vqlm is imported after the hook above."""
+    from tiny import corpus
+
+    return corpus(tmp_path / "texts")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder for a run, not made yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def finished(data: Any, run: Path) -> Path:
+    """A run folder with the checkpoints of steps 2 and 3."""
+    from tiny import trainer
+
+    trainer(data, run, steps=3, save_every=2).fit()
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,6 @@ from tiny import (
     TRAIN,
     after_step,
     assert_same,
-    corpus,
     everything,
     fit,
     trainer,
@@ -40,11 +39,6 @@ MIXERS: dict[str, dict[str, Any]] = {
     "ovq": dict(mixers=("ovq",), n_entry=12, chunk=8),
     "mixed": dict(mixers=("window", "vq")),
 }
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Corpus:
-    return corpus(tmp_path / "texts")
 
 
 @pytest.fixture

@@ -246,26 +246,25 @@ def newest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def newest_valid_checkpoint(run: Path, report: Callable[[str], object]) -> Path | None:
-    """The newest checkpoint that is as it was written; None if there never was one.
+def load_newest_valid(
+    run: Path, report: Callable[[str], object]
+) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The newest checkpoint that is as it was written, and what ``load_trainer`` reads there.
 
     ``report`` is told of every newer one that is damaged.
 
     Raises:
+        FileNotFoundError: there never was one.
         ValueError: all are damaged; the message is of the newest.
     """
     first: ValueError | None = None
     for folder in reversed(complete_checkpoints(run)):
         try:
-            load_trainer(folder)
+            return folder, *load_trainer(folder)
         except ValueError as error:
             first = first or error
             report(f"{error}; trying the checkpoint before it")
-        else:
-            return folder
-    if first is not None:
-        raise first
-    return None
+    raise first or FileNotFoundError(f"{run} has no checkpoint to resume from")
 
 
 def set_aside_after(checkpoint: Path) -> None:

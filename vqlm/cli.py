@@ -20,7 +20,7 @@ from vqlm import commands as do
 EXIT_USAGE, EXIT_DIVERGED, EXIT_TERMINATED, EXIT_INTERRUPTED = 2, 3, 75, 130
 
 EXTRAS = {
-    "train": ("accelerate", "lion_pytorch", "shtab", "tensorboard", "tqdm", "yaml"),
+    "train": ("accelerate", "filelock", "lion_pytorch", "shtab", "tensorboard", "tqdm", "yaml"),
     "plot": ("jinja2", "matplotlib"),
     "data": ("PIL", "sentencepiece"),
     "official": ("flax", "msgpack", "orbax"),

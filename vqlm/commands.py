@@ -26,7 +26,6 @@ _AUTO = Path("auto")
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """``vqlm train``: a new run, or one that goes on."""
-    from vqlm import checkpoint
     from vqlm.config import override_all
     from vqlm.prepared import open_corpus
     from vqlm.train import Trainer
@@ -37,11 +36,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     model_config, config, source, out = _chosen(args, source)
     model_config, config = override_all(pairs, model_config, config)
     corpus = open_corpus(source)
-    resumed = checkpoint.newest_checkpoint(out) is not None
-    if not resumed and "vocab_size" not in pairs:
+    if args.resume is None and "vocab_size" not in pairs:
         model_config = dataclasses.replace(model_config, vocab_size=corpus.vocabulary.size)
     trainer = Trainer(model_config, config, corpus, source, out)
-    if resumed:
+    if args.resume is not None:
         trainer.resume(lambda _: None)  # `_chosen` has told already
     progress = trainer.fit()
     result: dict[str, Any] = {"run": str(out), "steps": progress.step, "tokens": progress.tokens}
@@ -95,10 +93,7 @@ def _chosen(
         if checkpoint.newest_checkpoint(out) is not None:
             raise ValueError(f"{out} already holds a run; use --resume {out}, or another --out")
         return model_config, config, source, out
-    newest = checkpoint.newest_valid_checkpoint(args.resume, _warn)
-    if newest is None:
-        raise FileNotFoundError(f"{args.resume} has no checkpoint to resume from")
-    info = checkpoint.load_facts(newest)
+    newest, _, info = checkpoint.load_newest_valid(args.resume, _warn)
     model_config = checkpoint.read_config(newest / "config.json")
     config = from_dict(TrainConfig, info["train"])
     return model_config, config, source or info["data"], args.resume

@@ -194,7 +194,8 @@ class Playground:
     async def read(self, request: Request) -> Response:
         """Takes in the body, a part of a text; ``?more=1`` if another part follows.
 
-        Raises ``Refused``: text in another encoding, or too much of it.
+        Raises:
+            Refused: text in another encoding, or too much of it.
         """
         session = self.pool.get(request.path_params["name"])
         body = await _body(request, self.pool.limits.body_bytes)

@@ -25,7 +25,7 @@ def pack(tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> byt
 
 
 def unpack(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and facts of a file; facts without ``SEAL`` are of one that others wrote.
+    """Tensors and facts of a file; one without a seal, that others wrote, is taken as it is.
 
     Raises:
         FileNotFoundError: no such file.
@@ -41,7 +41,7 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     seal = facts.pop(SEAL, None)
     if seal is not None and seal != digest(tensors, facts):
         raise ValueError(f"{path} is damaged: it does not hold what was written to it")
-    return tensors, facts if seal is None else {**facts, SEAL: seal}
+    return tensors, facts
 
 
 def digest(tensors: dict[str, Tensor], facts: dict[str, str]) -> str:

@@ -220,11 +220,8 @@ class Trainer:
             ValueError: all are damaged, or the newest valid one is of another model, cut in other
                 batches, or its text has changed since.
         """
-        folder = checkpoint.newest_valid_checkpoint(self.out, report)
-        if folder is None:
-            raise FileNotFoundError(f"{self.out} has no checkpoint to resume from")
+        folder, tensors, info = checkpoint.load_newest_valid(self.out, report)
         _require_same(checkpoint.read_config(folder / "config.json"), self.bare_model.config)
-        tensors, info = checkpoint.load_trainer(folder)
         try:
             self._require_same_data(folder, info)
             checkpoint.load_weights(self.bare_model, folder / "model.safetensors")
@@ -287,10 +284,11 @@ class Trainer:
                 batch.inputs, self.config.seed, starts=batch.starts
             )
         self.model.train()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(guard.alone_in(self.out))
-            stack.enter_context(guard.stopped_by_signals(self._stop))
-            log = stack.enter_context(contextlib.closing(RunLog(self.out)))
+        with (
+            guard.alone_in(self.out),
+            guard.stopped_by_signals(self._stop),
+            contextlib.closing(RunLog(self.out)) as log,
+        ):
             while self.share_done() < 1 and not self.stop_requested:
                 began = time.monotonic()
                 log.add(self.step(self.lanes.next_batch()))
