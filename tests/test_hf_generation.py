@@ -100,6 +100,8 @@ def test_generate_methods_with_logits_to_keep(model: VqlmForCausalLM, name: str)
     x = tokens(2, 11)
     few = made(model, x, **STRATEGIES[name], logits_to_keep=1)
     assert torch.equal(few, made(model, x, **STRATEGIES[name]))
+    # `generate` asks for one by itself, so only this has all of them.
+    assert torch.equal(few, made(model, x, **STRATEGIES[name], logits_to_keep=0))
 
 
 def test_left_padding_compatibility(model: VqlmForCausalLM) -> None:
