@@ -33,6 +33,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), "."]
     made = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr
+    assert "is absent from" not in made.stdout + made.stderr  # a folder that is no package
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
 
 
