@@ -142,9 +142,20 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     command_line = (tmp_path / "cli.html").read_text("utf-8")
     assert "exit codes:" in command_line and "vqlm train --config settings.yaml" in command_line
+    (commands,) = (a.choices for a in cli._parser()._actions if isinstance(a.choices, dict))
+    for command in commands:
+        assert f'id="vqlm-{command}"' in command_line
     interface = (tmp_path / "api.html").read_text("utf-8")
     for name in ("vqlm.model.LM", "vqlm.config.LMConfig.n_layer", "vqlm.probe.attention_mass"):
         assert f'id="{name}"' in interface
+
+
+def test_the_exit_codes_are_all_told() -> None:
+    page = (DOCS / "cli.md").read_text("utf-8")
+    told = [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)]
+    codes = {value for name, value in vars(cli).items() if name.startswith("EXIT_")}
+    assert told == sorted({0, *codes})
+    assert all(re.search(rf"^  {code} ", cli._EPILOG, re.M) for code in told)
 
 
 def test_pictures_are_those_that_the_script_draws(tmp_path: Path) -> None:
