@@ -74,6 +74,12 @@ def test_the_answer_names_the_way_out(
     assert sorted(folder.rglob("*")) == before
 
 
+def test_the_demo_removes_nothing_but_runs(folder: Path, capsys: Captured) -> None:
+    code, line = answer(["demo", "--out", str(folder)], capsys)
+    assert code == 2 and "is not empty; choose another" in line
+    assert (folder / "book.txt").exists()
+
+
 SETTINGS = {
     "steps: [1, 2]": "steps is a list",
     "model: {n_layer: 2}": "model is a dict, wanted one value or a list of names",

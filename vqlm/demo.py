@@ -11,14 +11,24 @@ from vqlm.checkpoint import load_model
 from vqlm.compressors import gzip_bits_per_byte, order_n_bits_per_byte, xz_bits_per_byte
 from vqlm.data import load_corpus
 from vqlm.evaluate import evaluate
+from vqlm.guard import LOCK
+from vqlm.prepared import refuse_occupied
 from vqlm.sample import stream_text
 from vqlm.train import Trainer
 
 PROMPT = b"def "
+RUN_MARKS = ("config.json", "metrics.jsonl", LOCK)
+"""Files of a run folder: one that has any of them may be removed for the next demo."""
 
 
 def run(out: Path) -> dict[str, float]:
-    """Trains the ``demo`` preset from nothing, prints the closing table; returns its figures."""
+    """Trains the ``demo`` preset from nothing, prints the closing table; returns its figures.
+
+    Raises:
+        ValueError: ``out``, which is made anew, holds something that is no run.
+    """
+    if not any((out / name).exists() for name in RUN_MARKS):
+        refuse_occupied(out)
     model_config, train_config = presets.demo()
     corpus = load_corpus(None)
     shutil.rmtree(out, ignore_errors=True)

@@ -59,7 +59,7 @@ async function begin() {
   at("name").textContent = ` of ${model.name}`;
   document.title = `${model.name}: vqlm playground`;
   at("facts").textContent =
-    `${model.layers} layers of ${model.mixers.join(", ")}, width ${model.width}, ` +
+    `${model.layers} layer${model.layers === 1 ? "" : "s"} of ${model.mixers.join(", ")}, width ${model.width}, ` +
     `${model.parameters.toLocaleString("en")} parameters; tokens are ${model.vocabulary}. ` +
     "Each tab is a text of its own; the server keeps its state, not its words.";
   at("n-token").max = model.limits.new_tokens;
