@@ -22,6 +22,9 @@ COUNT_FLOOR = 0.01
 SAMPLES_PER_ROW = 16
 """Keys of each row kept in the statistics as candidates for re-seeding."""
 
+ARGMAX_GROUP = 32
+"""Codes in a group of `_lowest_argmax`; 16 and 64 are slower."""
+
 CPU_SLICE = 128
 """Tokens whose scores against all codes are compared at a time on a CPU."""
 
@@ -104,8 +107,21 @@ def nearest_code(
             for part, target in zip(
                 row.split(CPU_SLICE, 1), found.split(CPU_SLICE, 1), strict=True
             ):
-                target.copy_(torch.bmm(part, codes.mT).sub_(half[:, None]).argmax(-1))
+                target.copy_(_lowest_argmax(torch.bmm(part, codes.mT).sub_(half[:, None])))
         return best
+
+
+def _lowest_argmax(scores: Float[Tensor, "G n S"]) -> Int[Tensor, "G n"]:
+    """``scores.argmax(-1)``, twice as fast on CPUs: torch finds maxima ten times faster than their
+    places, so places are looked for among groups, then in one group."""
+    n_code = scores.shape[-1]
+    if n_code % ARGMAX_GROUP or n_code <= 2 * ARGMAX_GROUP:
+        return scores.argmax(-1)
+    groups = scores.view(-1, n_code // ARGMAX_GROUP, ARGMAX_GROUP)
+    best = groups.amax(-1).argmax(-1)
+    row = torch.arange(0, groups.shape[0] * groups.shape[1], groups.shape[1]) + best
+    place = groups.flatten(0, 1).index_select(0, row).argmax(-1)
+    return place.add_(best, alpha=ARGMAX_GROUP).view(scores.shape[:-1])
 
 
 def flat_index(code: Int[Tensor, "... R T"], n_code: int) -> Int[Tensor, " n"]:

@@ -110,9 +110,13 @@ def vq_attention(
     dtype = state.key.dtype
     code = torch.cat([state.code, keys.code], 2)
     schedule = Schedule.of(
-        code, state.length, segments, window=window, block=block,
-        with_slots=state.value_count.shape[2] > 0, warm=bool(state.value_count.any()),
-    )  # fmt: skip
+        code,
+        state.length,
+        segments,
+        window=window,
+        block=block,
+        count=state.value_count,
+    )
     key, value = keys.key.to(dtype), value.to(dtype)
     sums = torch.cat([state.value_sum, state.value_count[..., None]], 3)
     content, position, rows = (b.to(dtype) for b in bias)
