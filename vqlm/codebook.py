@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vqlm.kept import Kept
+
 COUNT_FLOOR = 0.01
 """Least count that a sum of keys is divided by (the official implementation's)."""
 
@@ -185,10 +187,14 @@ class Codebook(nn.Module):
             codes = torch.randn(heads, n_code, d_k) / (heads * n_code) ** 0.5
         self.register_buffer("key_sum", codes)
         self.register_buffer("key_count", torch.ones(heads, n_code))
+        self.kept: Kept[Tensor] = Kept()
 
     def codes(self) -> Float[Tensor, "G S K"]:
         """The codebook, a constant: no gradient reaches it."""
-        return self.key_sum / self.key_count.clamp(min=COUNT_FLOOR)[..., None]
+        return self.kept.get(
+            lambda: self.key_sum / self.key_count.clamp(min=COUNT_FLOOR)[..., None],
+            self.key_sum, self.key_count,
+        )  # fmt: skip
 
     def forward(
         self,
