@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "vqlm"
 # From the bottom up: a module imports ours from lower rows only. `__init__` is the public face
 # of what lies below it, so training is not part of what `import vqlm` loads.
 ROWS = [
+    {"kept"},
     {"reference", "config", "codebook", "segments", "vocabulary", "compressors", "sampling"},
     {"figures", "settings", "precision", "sealed"},
     {"layers", "data", "vq_schedule", "chunks", "dictionary"},
@@ -40,7 +41,7 @@ ROWS = [
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Narrower than the rows: `layers` needs only these, and an oracle that the code it judges could
 # import would judge nothing.
-ONLY_FROM = {"layers": {"config", "segments"}, "data": {"vocabulary"}}
+ONLY_FROM = {"layers": {"config", "segments", "kept"}, "data": {"vocabulary"}}
 ONLY_INTO = {
     "reference": {"bench"},
     "accelerate": {"train"},

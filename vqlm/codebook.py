@@ -16,11 +16,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vqlm.kept import Kept
+
 COUNT_FLOOR = 0.01
 """Least count that a sum of keys is divided by (the official implementation's)."""
 
 SAMPLES_PER_ROW = 16
 """Keys of each row kept in the statistics as candidates for re-seeding."""
+
+ARGMAX_GROUP = 32
+"""Codes in a group of `_lowest_argmax`; 16 and 64 are slower."""
 
 CPU_SLICE = 128
 """Tokens whose scores against all codes are compared at a time on a CPU."""
@@ -104,8 +109,21 @@ def nearest_code(
             for part, target in zip(
                 row.split(CPU_SLICE, 1), found.split(CPU_SLICE, 1), strict=True
             ):
-                target.copy_(torch.bmm(part, codes.mT).sub_(half[:, None]).argmax(-1))
+                target.copy_(_lowest_argmax(torch.bmm(part, codes.mT).sub_(half[:, None])))
         return best
+
+
+def _lowest_argmax(scores: Float[Tensor, "G n S"]) -> Int[Tensor, "G n"]:
+    """``scores.argmax(-1)``, twice as fast on CPUs: torch finds maxima ten times faster than their
+    places, so places are looked for among groups, then in one group."""
+    n_code = scores.shape[-1]
+    if n_code % ARGMAX_GROUP or n_code <= 2 * ARGMAX_GROUP:
+        return scores.argmax(-1)
+    groups = scores.view(-1, n_code // ARGMAX_GROUP, ARGMAX_GROUP)
+    best = groups.amax(-1).argmax(-1)
+    row = torch.arange(0, groups.shape[0] * groups.shape[1], groups.shape[1]) + best
+    place = groups.flatten(0, 1).index_select(0, row).argmax(-1)
+    return place.add_(best, alpha=ARGMAX_GROUP).view(scores.shape[:-1])
 
 
 def flat_index(code: Int[Tensor, "... R T"], n_code: int) -> Int[Tensor, " n"]:
@@ -169,10 +187,14 @@ class Codebook(nn.Module):
             codes = torch.randn(heads, n_code, d_k) / (heads * n_code) ** 0.5
         self.register_buffer("key_sum", codes)
         self.register_buffer("key_count", torch.ones(heads, n_code))
+        self.kept: Kept[Tensor] = Kept()
 
     def codes(self) -> Float[Tensor, "G S K"]:
         """The codebook, a constant: no gradient reaches it."""
-        return self.key_sum / self.key_count.clamp(min=COUNT_FLOOR)[..., None]
+        return self.kept.get(
+            lambda: self.key_sum / self.key_count.clamp(min=COUNT_FLOOR)[..., None],
+            self.key_sum, self.key_count,
+        )  # fmt: skip
 
     def forward(
         self,

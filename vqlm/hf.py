@@ -141,6 +141,11 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
         """The older name of ``is_activation_checkpointing``."""
         return self.lm.checkpointing
 
+    def generate(self, *arguments: Any, **settings: Any) -> Any:
+        """As in transformers; what is made of parameters alone is made once (``LM.frozen``)."""
+        with self.lm.frozen():
+            return super().generate(*arguments, **settings)
+
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vqlm.config import LMConfig
+from vqlm.kept import Kept
 from vqlm.segments import last_slots
 
 
@@ -157,10 +158,11 @@ class AttentionProjections(nn.Module):
         if self.relative:
             self.position = nn.Linear(config.d_model, heads * k, bias=False)
         self.output = nn.Linear(heads * v, config.d_model, bias=False)
-        self.content_bias = nn.Parameter(torch.zeros(heads, k))
+        self.content_bias: Tensor = nn.Parameter(torch.zeros(heads, k))
         if self.relative:
-            self.position_bias = nn.Parameter(torch.zeros(heads, k))
+            self.position_bias: Tensor = nn.Parameter(torch.zeros(heads, k))
         self.scale = k**-0.25
+        self.kept: Kept[RelativeBias] = Kept()
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Projected:
         """Normalised queries and keys, values, and the gate if there is one."""
@@ -177,6 +179,14 @@ class AttentionProjections(nn.Module):
         """The relative position bias; its sinusoids pass through ``drop`` with this ``seed``.
 
         Without relative positions, the content bias alone."""
+        if self.training:
+            return self._bias(seed)
+        sources = [self.content_bias]
+        if self.relative:
+            sources += [self.position_bias, self.position.weight]
+        return self.kept.get(lambda: self._bias(None), *sources)
+
+    def _bias(self, seed: int | None) -> RelativeBias:
         if not self.relative:
             content = self.scale * self.content_bias
             rows = content.new_zeros(len(content), self.config.window + 1, self.config.d_k)

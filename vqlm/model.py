@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -15,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import LMConfig
-from vqlm.layers import Norm, Projected, ShortConvolution, SwiGLU, drop, sinusoid
+from vqlm.layers import (
+    AttentionProjections,
+    Norm,
+    Projected,
+    ShortConvolution,
+    SwiGLU,
+    drop,
+    sinusoid,
+)
 from vqlm.ovq import OVQAttention, OVQState
 from vqlm.sampling import pick
 from vqlm.segments import Segments
@@ -304,6 +313,22 @@ class LM(nn.Module):
             logits = self.output(x)
         return logits * self.config.output_scale if self.config.output_scale != 1 else logits
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within it, what is made of parameters alone (position biases, codes) is made once, not
+        in every call without gradient: decoding takes a third of the time less.
+
+        Parameters that change in it all the same are noticed, unless through ``tensor.data``.
+        """
+        kept = [m.kept for m in self.modules() if isinstance(m, AttentionProjections | Codebook)]
+        for one in kept:
+            one.hold(1)
+        try:
+            yield
+        finally:
+            for one in kept:
+                one.hold(-1)
+
     def codebooks(self) -> list[Codebook | None]:
         """The codebook of each layer; None where the mixer has none."""
         mixers = [layer.mixer for layer in self._layers()]
@@ -379,14 +404,15 @@ class LM(nn.Module):
             out = self(prompt, state, mask=mask)
             logits = out.logits[:, -1] if mask is None else _last_real(out.logits, mask)
             token = prompt[:, -1]
-            for index in range(n_token):
-                if index > 0:
-                    out = self(token[:, None], out.state)
-                    logits = out.logits[:, -1]
-                if forbidden is not None:
-                    logits = logits.masked_fill(forbidden, -torch.inf)
-                token = pick(logits, temperature, top_p, generator)
-                yield token, out.state
+            with self.frozen():
+                for index in range(n_token):
+                    if index > 0:
+                        out = self(token[:, None], out.state)
+                        logits = out.logits[:, -1]
+                    if forbidden is not None:
+                        logits = logits.masked_fill(forbidden, -torch.inf)
+                    token = pick(logits, temperature, top_p, generator)
+                    yield token, out.state
         finally:
             self.train(was_training)
 

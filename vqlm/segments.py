@@ -47,6 +47,11 @@ class Segments(NamedTuple):
             learned = (learned & mask).gather(1, order)
         return cls(mask.sum(1), starts, order, mask, learned)
 
+    @property
+    def plain(self) -> bool:
+        """Whether there is neither padding nor, as far as the host knows, a new document."""
+        return self.lengths is None and self.starts is None
+
     def pack(self, x: Tensor) -> Tensor:
         """Moves the real tokens of ``x`` [B, T, ...] to the left of their rows."""
         return x if self.order is None else _gather(x, self.order)

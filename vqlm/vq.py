@@ -33,6 +33,7 @@ from vqlm.layers import AttentionProjections, RelativeBias
 from vqlm.segments import Segments, last_slots
 from vqlm.vq_kernel import Tensors, attend
 from vqlm.vq_schedule import Schedule
+from vqlm.vq_step import Step, attend_once, file_once
 
 
 class VQState(NamedTuple):
@@ -107,12 +108,18 @@ def vq_attention(
             f"vq_attention: the bias has rows for {bias.rows.shape[1]} distances, but a state with "
             f"a window of {window} wants {window + 1}; make both from one config"
         )
+    if n_token == 1 and segments.plain and not torch.is_grad_enabled():
+        return _one_token(query, keys, value, codes, bias, state)
     dtype = state.key.dtype
     code = torch.cat([state.code, keys.code], 2)
     schedule = Schedule.of(
-        code, state.length, segments, window=window, block=block,
-        with_slots=state.value_count.shape[2] > 0, warm=bool(state.value_count.any()),
-    )  # fmt: skip
+        code,
+        state.length,
+        segments,
+        window=window,
+        block=block,
+        count=state.value_count,
+    )
     key, value = keys.key.to(dtype), value.to(dtype)
     sums = torch.cat([state.value_sum, state.value_count[..., None]], 3)
     content, position, rows = (b.to(dtype) for b in bias)
@@ -138,6 +145,25 @@ def vq_attention(
     if not cache_grad:
         after = VQState(*(field.detach() for field in after))
     return out, after
+
+
+def _one_token(
+    query: Tensor, keys: Quantized, value: Tensor, codes: Tensor, bias: RelativeBias, state: VQState
+) -> tuple[Tensor, VQState]:
+    """``vq_attention`` of one token, where neither gradient nor segments are asked for."""
+    dtype = state.key.dtype
+    code = torch.cat([state.code, keys.code], 2)
+    key = torch.cat([state.key, keys.key.to(dtype)], 2)
+    value = torch.cat([state.value, value.to(dtype)], 2)
+    content, position, rows = (b.to(dtype) for b in bias)
+    x = Step(
+        query.to(dtype), code, key, value, content, position, rows, codes.to(dtype),
+        state.value_sum, state.value_count, state.length,
+    )  # fmt: skip
+    with torch.autocast(query.device.type, enabled=False):
+        out, (sums, counts) = attend_once(x), file_once(x)
+    code, key, value = (joined[:, :, 1:].contiguous() for joined in (code, key, value))
+    return out, VQState(code, key, value, sums, counts, state.length + 1)
 
 
 class VQAttention(nn.Module):

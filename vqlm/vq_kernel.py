@@ -29,11 +29,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vqlm.codebook import flat_index, look_up
 from vqlm.vq_schedule import Block, Schedule
 
 
@@ -76,7 +75,12 @@ class _Call:
         self.batch, self.heads, self.n_token, width = x.query.shape
         self.groups, self.n_code, _ = x.codes.shape
         self.window = schedule.window
-        self.codes = x.codes.expand(self.batch, -1, -1, -1).reshape(-1, self.n_code, width)
+        n_slot, n_table = schedule.order.shape[2], self.batch * self.groups
+        self._code = _flat(schedule.code, self.n_code, self.groups)
+        self._slot = _flat(schedule.slot, n_slot, n_table)
+        self._order = _flat(schedule.order, n_slot, n_table).flatten()
+        codes = x.codes if n_slot else x.codes[:, :0]
+        self.codes = self.in_order(codes.expand(self.batch, -1, -1, -1))
         # Row m of these is for distance M - m, in the order of the columns of a query.
         rows = x.rows.flip(1).expand(self.batch, -1, -1, -1)
         self.rows = rows.reshape(self.batch * self.heads, self.window + 1, width)
@@ -88,6 +92,17 @@ class _Call:
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = self.x.query.new_empty(size)
         return self._buffers[name][:size].view(shape)
+
+    def in_order(self, slots: Float[Tensor, "B G S width"]) -> Float[Tensor, "BG used width"]:
+        """Codes or slots in the order of the schedule; a copy."""
+        rows = slots.flatten(0, 2).index_select(0, self._order)
+        return rows.view(self.batch * self.groups, -1, slots.shape[-1])
+
+    def out_of_order(self, slots: Float[Tensor, "BG S width"]) -> Float[Tensor, "B G S width"]:
+        """The inverse of ``in_order``."""
+        rows = slots.flatten(0, 1)
+        rows = torch.empty_like(rows).index_copy_(0, self._order, rows)
+        return rows.view(self.batch, self.groups, *slots.shape[1:])
 
     def queries(self, block: Block, bias: Tensor) -> Tensor:
         """Queries of the block with a bias of each head: [BH, L, K]."""
@@ -101,8 +116,9 @@ class _Call:
     def keys(self, block: Block) -> Tensor:
         """Quantized recent keys: [BG, W, K]."""
         first, n_memory = block.first, max(0, self.window - block.first)
-        code = self.schedule.code[:, :, first + n_memory : self.window + block.end]
-        keys = look_up(self.x.codes, code)
+        code = self._code[:, :, first + n_memory : self.window + block.end]
+        keys = self.x.codes.flatten(0, 1).index_select(0, code.flatten())
+        keys = keys.view(*code.shape, -1)
         if n_memory:
             keys = torch.cat([self.x.memory_key[:, :, first:], keys], 2)
         return keys.flatten(0, 1)
@@ -120,12 +136,13 @@ class _Call:
     ) -> tuple[Tensor, Tensor | None]:
         """exp(score) of recent keys [BG, RL, W] and of slots [BG, RL, S], 0 where hidden."""
         block = self.schedule.blocks[index]
-        recent = self.position_scores(block, position)
-        recent = self.by_group(recent).baddbmm_(self.by_group(content), keys.mT)
+        recent = self.buffer("recent", *self.by_group(content).shape[:2], keys.shape[1])
+        torch.bmm(self.by_group(content), keys.mT, out=recent)
+        self.add_position_scores(block, recent, position)
         slots = None
-        if block.sees_slots:
-            slots = self.buffer("slots", *recent.shape[:2], self.n_code)
-            torch.bmm(self.by_group(content), self.codes.mT, out=slots)
+        if block.n_slot:
+            slots = self.buffer("slots", *recent.shape[:2], block.n_slot)
+            torch.bmm(self.by_group(content), self.codes[:, : block.n_slot].mT, out=slots)
         if self.shifts:
             self._subtract_largest(index, recent, slots, sums)
         recent.exp_()
@@ -136,14 +153,19 @@ class _Call:
                 self._by_query(slots).mul_(self.schedule.slots_mask(index))
         return recent, slots
 
-    def position_scores(self, block: Block, position: Tensor) -> Tensor:
-        """[BH, L, W]: query i meets the row for the distance of each key, M + i - c for column c;
-        0 beyond the window."""
-        n_query, empty = block.end - block.begin, block.first - block.begin
-        width = self.window + n_query
-        scores = self.buffer("recent", self.batch * self.heads, n_query, width).zero_()
-        self._band(scores).copy_(torch.bmm(position, self.rows.mT))
-        return scores[..., empty:].contiguous() if empty else scores
+    def add_position_scores(self, block: Block, scores: Tensor, position: Tensor) -> None:
+        """Adds to ``scores`` [BG, RL, W] what query i gets from the row for the distance of each
+        key, M + i - c for column c; nothing beyond the window."""
+        by_distance, empty = torch.bmm(position, self.rows.mT), block.first - block.begin
+        n_query, width = block.end - block.begin, scores.shape[-1]
+        scores = scores.view(self.batch * self.heads, n_query, width)
+        if empty == 0:
+            self._band(scores).add_(by_distance)
+        else:
+            n_row = len(scores)
+            whole = self.buffer("band", n_row, n_query, width + empty).zero_()
+            self._band(whole).copy_(by_distance)
+            scores.add_(whole[..., empty:])
 
     def _band(self, scores: Tensor) -> Tensor:
         """View [BH, L, M + 1] of scores [BH, L, M + L]: of row i the columns from i to i + M."""
@@ -164,7 +186,7 @@ class _Call:
         """Puts 0 where a recent key may not be seen; ``weights`` is [B, H, L, W]."""
         empty = block.first - block.begin
         weights.tril_(self.window - empty)
-        if not self.schedule.with_slots:
+        if self.schedule.order.shape[2] == 0:
             weights.triu_(-empty)
         if block.masks_recent:
             weights.mul_(self.schedule.recent_mask(block))
@@ -179,7 +201,7 @@ class _Call:
         recent.masked_fill_(visible == 0, -torch.inf)
         largest = recent.amax(-1, keepdim=True)
         if slots is not None:
-            slots.masked_fill_(sums[:, None, :, -1] == 0, -torch.inf)
+            slots.masked_fill_(sums[:, None, : block.n_slot, -1] == 0, -torch.inf)
             if block.masks_slots:
                 mask = self.schedule.slots_mask(index)
                 self._by_query(slots).masked_fill_(~mask, -torch.inf)
@@ -195,13 +217,15 @@ class _Call:
         if block.files:
             values = F.pad(self.values(block.begin, block.end), (0, 1), value=1.0)
             values = self._keep(block, values)
-            sums.flatten(0, 1).index_add_(0, self._slot_index(block), values.flatten(0, 1))
+            slot = self._slot[:, :, block.begin : block.end].flatten()
+            sums.flatten(0, 1).index_add_(0, slot, values.flatten(0, 1))
 
     def d_file_(self, index: int, d_sums: Tensor, d_values: Tensor) -> None:
         """Backward of ``file_``: adds to ``d_values`` [BG, joined, V], takes ``d_sums`` back."""
         block = self.schedule.blocks[index]
         if block.files:
-            d = d_sums.flatten(0, 1).index_select(0, self._slot_index(block))
+            slot = self._slot[:, :, block.begin : block.end].flatten()
+            d = d_sums.flatten(0, 1).index_select(0, slot)
             d = self._keep(block, d.view(len(d_values), -1, d.shape[-1]))
             d_values[:, block.begin : block.end] += d
         if block.resets:
@@ -214,9 +238,13 @@ class _Call:
         kept = self.schedule.kept[:, block.begin : block.end, None]
         return (x.unflatten(0, (self.batch, -1)) * kept[:, None]).flatten(0, 1)
 
-    def _slot_index(self, block: Block) -> Tensor:
-        code = self.schedule.code[:, :, block.begin : block.end].flatten(0, 1)
-        return flat_index(code, self.n_code)
+
+def _flat(index: Int[Tensor, "B G joined"], n_slot: int, n_table: int) -> Int[Tensor, "B G joined"]:
+    """Indices into ``n_table`` tables of ``n_slot`` rows that are joined, one for each head or for
+    each row and head."""
+    batch, heads, _ = index.shape
+    table = torch.arange(batch * heads, device=index.device) % n_table
+    return index + n_slot * table.view(batch, heads, 1)
 
 
 class _Attend(torch.autograd.Function):
@@ -232,7 +260,7 @@ class _Attend(torch.autograd.Function):
         # Laid out as [B, T, H, V], so that joining the heads afterwards costs nothing.
         out = x.query.new_empty(call.batch, call.n_token, call.heads, width).transpose(1, 2)
         normaliser = x.query.new_empty(call.batch, call.heads, call.n_token, 1)
-        sums = x.sums.flatten(0, 1).clone()
+        sums = call.in_order(x.sums)
         every, kept = math.isqrt(len(schedule.blocks)), []
         for index, block in enumerate(schedule.blocks):
             if keep and index and index % every == 0:
@@ -242,7 +270,7 @@ class _Attend(torch.autograd.Function):
             total = torch.bmm(recent, call.values(block.first, call.window + block.end))
             norm = recent.sum(-1, keepdim=True)
             if slots is not None:
-                of_slots = torch.bmm(slots, sums)
+                of_slots = torch.bmm(slots, sums[:, : block.n_slot])
                 total += of_slots[..., :-1]
                 norm += of_slots[..., -1:]
             shape = (call.batch, call.heads, -1, width)
@@ -253,7 +281,7 @@ class _Attend(torch.autograd.Function):
             ctx.save_for_backward(*x._replace(key=x.key.new_empty(0)), out, normaliser, *kept)
             ctx.schedule, ctx.every, ctx.cache_grad = schedule, every, cache_grad
             ctx.shifts = call.shifts
-        return out, sums.view_as(x.sums)
+        return out, call.out_of_order(sums)
 
     @staticmethod
     @once_differentiable
@@ -262,7 +290,7 @@ class _Attend(torch.autograd.Function):
         x, (out, normaliser, *kept) = Tensors(*saved[:n]), saved[n:]
         call = _Call(x, ctx.schedule, ctx.shifts)
         grads = _Gradients(call, d_sums, ctx.cache_grad)
-        starts = [x.sums.flatten(0, 1), *kept]
+        starts = [call.in_order(x.sums), *kept]
         n_block = len(ctx.schedule.blocks)
         for segment in reversed(range(len(starts))):
             begin, end = segment * ctx.every, min((segment + 1) * ctx.every, n_block)
@@ -286,7 +314,7 @@ class _Gradients:
         self.value = x.value.new_zeros(groups, joined, x.value.shape[-1])
         self.content, self.position = (torch.zeros_like(b) for b in (x.content, x.position))
         self.rows = torch.zeros_like(call.rows)
-        self.sums = d_sums[..., :-1].flatten(0, 1).clone()
+        self.sums = call.in_order(d_sums[..., :-1])
 
     def add_block(
         self, index: int, sums: Tensor, d_out: Tensor, out: Tensor, normaliser: Tensor
@@ -312,10 +340,11 @@ class _Gradients:
         self._add_recent(block, d_recent, recent, call.by_group(content), g)
         if slots is not None:
             if self.cache_grad:
-                self.sums.baddbmm_(slots.mT, g)
+                self.sums[:, : block.n_slot] += torch.bmm(slots.mT, g)
             d_slots = call.buffer("d_slots", *slots.shape)
-            torch.bmm(torch.cat([g, e], -1), sums.mT, out=d_slots).mul_(slots)
-            d_content.baddbmm_(d_slots, call.codes)
+            read = sums[:, : block.n_slot]
+            torch.bmm(torch.cat([g, e], -1), read.mT, out=d_slots).mul_(slots)
+            d_content.baddbmm_(d_slots, call.codes[:, : block.n_slot])
         self._add_queries(block, d_content, call.d_position_scores(block, d_recent), position)
 
     def _add_recent(
@@ -344,7 +373,7 @@ class _Gradients:
         call, window = self.call, self.call.window
         key, value = (x.unflatten(0, (call.batch, -1)) for x in (self.key, self.value))
         rows = self.rows.unflatten(0, (call.batch, -1)).sum(0).flip(1)
-        sums = F.pad(self.sums.unflatten(0, (call.batch, -1)), (0, 1))
+        sums = F.pad(call.out_of_order(self.sums), (0, 1))
         return Tensors(
             self.query, key[:, :, window:], value[:, :, window:], self.content, self.position,
             rows, key[:, :, :window], value[:, :, :window], sums, None,  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vqlm.segments import Segments
@@ -28,8 +28,8 @@ class Block(NamedTuple):
     """First recent key, in joined order [M memory slots, T tokens]; those before it are empty."""
     masks_recent: bool
     """Whether some key is hidden from some later query: another document, an empty slot."""
-    sees_slots: bool
-    """Whether anything may have been filed before this block."""
+    n_slot: int
+    """How many slots, the first in ``Schedule.order``, can hold anything when the block reads."""
     masks_slots: bool
     """Whether the slots are hidden from some query: they are of another document."""
     files: bool
@@ -47,14 +47,17 @@ class Schedule:
     window: int
     code: Int[Tensor, "B G joined"]
     """Codes of [M memory slots, T tokens]."""
+    order: Int[Tensor, "B G S"]
+    """Codes in the order in which something is first filed under them; those of the state first.
+    The slots lie in this order, so that those which a block can leave out are the last ones."""
+    slot: Int[Tensor, "B G joined"]
+    """Where each of these codes lies in it; without a cache, the code itself."""
     document: Int[Tensor, "B joined"]
     """Document of the call that each belongs to, 0 being the state's; -1: an empty slot."""
     kept: Bool[Tensor, "B T"]
     """Whether the key is filed when it leaves the window: real, and of the slots' new document."""
     slots_document: Int[Tensor, "B boundaries"]
     """Document that the slots hold before each block, and after the last: N + 1 of them."""
-    with_slots: bool
-    """Whether there is a cache."""
     blocks: tuple[Block, ...]
 
     @classmethod
@@ -66,10 +69,10 @@ class Schedule:
         *,
         window: int,
         block: int,
-        with_slots: bool,
-        warm: bool,
+        count: Float[Tensor, "B G S"],
     ) -> Schedule:
-        """``length``: tokens of the state's document; ``warm``: whether its slots hold any."""
+        """``length``: tokens of the state's document; ``count``: of keys in each of its slots, of
+        which there are none without a cache."""
         n_token = code.shape[2] - window
         document = segments.joined_documents(length, window, n_token)
         real = segments.n_real(length, n_token)
@@ -83,9 +86,13 @@ class Schedule:
         position = torch.arange(n_token, device=code.device)
         left = document[:, :n_token]
         after = slots_document[:, 1:].repeat_interleave(block, 1)[:, :n_token]
-        kept = (position < real[:, None]) & (left >= 0) & (left == after) & with_slots
-        blocks = _blocks(document, kept, slots_document, window, block, warm)
-        return cls(window, code, document, kept, slots_document, with_slots, blocks)
+        kept = (position < real[:, None]) & (left >= 0) & (left == after) & (count.shape[2] > 0)
+        order, n_slot = _order(code[:, :, :n_token], kept, count, begins)
+        place = torch.arange(order.shape[2], device=code.device).expand_as(order)
+        slot = torch.empty_like(order).scatter_(2, order, place)
+        slot = slot.gather(2, code) if order.shape[2] else code
+        blocks = _blocks(document, kept, slots_document, window, block, n_slot)
+        return cls(window, code, order, slot, document, kept, slots_document, blocks)
 
     def recent_mask(self, block: Block) -> Bool[Tensor, "B 1 L W"]:
         """True where query and recent key are of one document."""
@@ -104,9 +111,22 @@ class Schedule:
         return self.slots_document[:, index] == self.slots_document[:, index + 1]
 
 
+def _order(code: Tensor, kept: Tensor, count: Tensor, begins: Tensor) -> tuple[Tensor, list[int]]:
+    """``Schedule.order``, and for each block how many of the slots have been filed under."""
+    n_token, n_code = code.shape[2], count.shape[2]
+    if n_code == 0:
+        return torch.empty_like(count, dtype=torch.long), [0] * len(begins)
+    time = torch.arange(n_token, device=code.device).where(kept, n_token)[:, None].expand_as(code)
+    first = torch.where(count > 0, -1, n_token)
+    first, order = first.scatter_reduce_(2, code, time, "amin").sort(dim=-1, stable=True)
+    n_slot = torch.searchsorted(first, begins.expand(*first.shape[:2], -1).contiguous())
+    return order, n_slot.amax((0, 1)).tolist()
+
+
 def _blocks(
-    document: Tensor, kept: Tensor, slots_document: Tensor, window: int, block: int, warm: bool
-) -> tuple[Block, ...]:
+    document: Tensor, kept: Tensor, slots_document: Tensor, window: int, block: int,
+    n_slot: list[int],
+) -> tuple[Block, ...]:  # fmt: skip
     n_token = document.shape[1] - window
     begins = list(range(0, n_token, block))
     ends = [min(begin + block, n_token) for begin in begins]
@@ -127,13 +147,10 @@ def _blocks(
     files = (n_kept > 0).any(0).tolist()
     lengths = torch.tensor(ends, device=kept.device) - torch.tensor(begins, device=kept.device)
     files_all = (n_kept == lengths).all(0).tolist()
-    blocks = []
-    for i in range(len(begins)):
-        blocks.append(
-            Block(
-                begins[i], ends[i], firsts[i], masks_recent[i], warm, masks_slots[i],
-                files[i], files_all[i], resets[i],
-            )
-        )  # fmt: skip
-        warm = warm or files[i]
-    return tuple(blocks)
+    return tuple(
+        Block(
+            begins[i], ends[i], firsts[i], masks_recent[i], n_slot[i], masks_slots[i], files[i],
+            files_all[i], resets[i],
+        )
+        for i in range(len(begins))
+    )  # fmt: skip

@@ -1,0 +1,47 @@
+"""What is made of parameters alone, kept while many short calls ask for it: see ``LM.frozen``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Made = TypeVar("Made")
+
+
+class Kept(Generic[Made]):
+    """The product of some tensors: made anew whenever it is asked for, or, while somebody holds it
+    and no gradient is wanted, once.  Holders may come and go in several threads.
+
+    A tensor that is changed in place, or another one, makes it anew all the same; only what is
+    written behind torch's back (``tensor.data``) goes unnoticed until the last holder has gone.
+    """
+
+    def __init__(self) -> None:
+        self._holders, self._lock = 0, threading.Lock()
+        self._made: tuple[list[tuple[int, int]], Made] | None = None
+
+    def get(self, make: Callable[[], Made], *sources: Tensor) -> Made:
+        """What ``make``, which reads nothing but ``sources``, gives or gave."""
+        if not self._holders or torch.is_grad_enabled() or any(x.is_inference() for x in sources):
+            return make()
+        found, made = [(x.data_ptr(), x._version) for x in sources], self._made
+        if made is None or made[0] != found:
+            self._made = made = found, make()
+        return made[1]
+
+    def hold(self, more: int) -> None:
+        """One holder more (1) or less (-1); the last to go clears it."""
+        with self._lock:
+            self._holders += more
+            if self._holders == 0:
+                self._made = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept[Made]:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[Kept[Made]], tuple[()]]:
+        return type(self), ()
