@@ -140,7 +140,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
     (forward, _), (both, in_all) = peaks.values()
     assert abs(forward - 20 * MB) < 4 * MB and abs(both - 90 * MB) < 4 * MB
     assert in_all > both + 50 * MB
-    plan = Plan("tried", limit, clock)
+    plan = Plan("tried", limit)
     rows, _ = plan.rows([Side("x", f"{TESTS}:build_tensors", sizes, repeats=1)], 10, 10)
     assert abs(rows[1].peak_mb - 90) < 4  # type: ignore[operator]
     assert rows[1].json()["process_mb"] > 140

@@ -75,7 +75,7 @@ def _own(name: str, config: LMConfig, behind: int, batch: int, n_token: int) -> 
     last, start = tokens[:, -1:], state
 
     def run() -> Iterator[str]:
-        for _ in lm.stream(last, n_token, temperature=0, state=start):
+        for _ in lm.stream(last, n_token, temperature=0.0, state=start):
             pass
         yield PASS
 

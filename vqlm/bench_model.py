@@ -120,7 +120,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         afterwards()
 
-    def flops(self, name: str, config: LMConfig) -> float:
+    def flops(self, name: str, config: LMConfig) -> int:
         """Operations of a step: counted from the config, or, in models of others, by torch from a
         short sequence on (all but attention is linear in the length)."""
         n_token = self.tokens.shape[1] - 1
@@ -135,11 +135,12 @@ class Training:
             found = counted_flops(lambda: self.loss(short))
         n_short = short.shape[1] - 1
         if name != "llama":
-            return TRAINING * found * n_token / n_short
-        pairs = [attention_flops(_as_heads(config), "sdpa", n) for n in
-                 (n_short, n_token)]  # fmt: skip
-        rest = (found - config.n_layer * pairs[0]) * n_token / n_short
-        return TRAINING * (rest + config.n_layer * pairs[1])
+            return TRAINING * found * n_token // n_short
+        heads = _as_heads(config)
+        short_pairs, pairs = (
+            config.n_layer * attention_flops(heads, "sdpa", n) for n in (n_short, n_token)
+        )
+        return TRAINING * ((found - short_pairs) * n_token // n_short + pairs)
 
 
 def _as_heads(config: LMConfig) -> LMConfig:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import LMConfig
+from vqlm.flops import model_flops
 from vqlm.layers import Norm, Projected, ShortConvolution, SwiGLU, drop, sinusoid
 from vqlm.ovq import OVQAttention, OVQState
 from vqlm.sampling import pick
@@ -217,6 +218,11 @@ class LM(nn.Module):
             other = type(self)(config)
         other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
         return other.train(self.training)
+
+    def flops(self, seq_len: int) -> int:
+        """Floating-point operations of a forward pass over one row of ``seq_len`` tokens from the
+        empty state; a training step has three times as many.  ``vqlm.flops`` says what counts."""
+        return model_flops(self.config, seq_len)
 
     def state_bytes(self, batch_size: int = 1) -> int:
         """Bytes of the empty state; for "vq" and "window" mixers also after any length."""
