@@ -118,6 +118,23 @@ def test_bfloat16_is_used_where_it_is_asked_for() -> None:
     assert seen == [torch.bfloat16]
 
 
+@pytest.mark.parametrize("name", ["vq", "sdpa", "llama"])
+def test_checkpointing_computes_layers_again_and_the_same(name: str) -> None:
+    pytest.importorskip("transformers")
+    runs = {}
+    for checkpointing in (False, True):
+        training = Training(name, TINY, 24, checkpointing=checkpointing)
+        module = training.model.layers if name != "llama" else training.model.model.layers
+        calls = []
+        module[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        linear = next(m for m in module[0].modules() if isinstance(m, torch.nn.Linear))
+        linear.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        training.step()
+        runs[checkpointing] = (len(calls), training.loss(training.tokens)[0])
+    assert runs[True][0] > runs[False][0]
+    assert_close(runs[True][1], runs[False][1])
+
+
 def test_rows_of_models() -> None:
     config = dataclasses.replace(TINY, n_layer=1)
     rows, _ = model_rows(

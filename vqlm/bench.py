@@ -108,6 +108,10 @@ def _add_special_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=list(bench_model.PRECISIONS), default="float32",
         help="of matrix products in training (default: %(default)s)",
     )  # fmt: skip
+    models.add_argument(
+        "--checkpointing", action="store_true",
+        help="all models compute layers again in the backward pass, to need less memory",
+    )  # fmt: skip
     decode = parser.add_argument_group("decode")
     decode.add_argument(
         "--batch-size", type=int, default=1, metavar="B", help="rows decoded side by side"

@@ -85,11 +85,22 @@ def check_equivalence() -> float:
 class Training:
     """A model, its optimizer, and one sequence to train on."""
 
-    def __init__(self, name: str, config: LMConfig, seq_len: int, precision: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: LMConfig,
+        seq_len: int,
+        precision: str = "float32",
+        checkpointing: bool = False,
+    ) -> None:
         self.ours = name in bench_peers.OURS
         make = bench_peers.own_model if self.ours else bench_peers.hf_model
         self.model: nn.Module = make(name, config).train()
         self.precision = precision
+        if isinstance(self.model, LM):
+            self.model.checkpointing = checkpointing
+        elif checkpointing:
+            self.model.gradient_checkpointing_enable()
         self.optimizer = make_optimizer(
             self.model.named_parameters(), name="adamw", learning_rate=1e-4, betas=(0.9, 0.98),
             eps=1e-8, weight_decay=0.01, official_decay=False,
@@ -150,17 +161,22 @@ def _as_heads(config: LMConfig) -> LMConfig:
     )
 
 
-def build(name: str, seq_len: int, config: dict[str, Any], precision: str) -> timing.Built:
+def build(
+    name: str, seq_len: int, config: dict[str, Any], precision: str, checkpointing: bool
+) -> timing.Built:
     """A side: the model ``name``; one short step is done, so that the optimizer's state exists."""
     sizes = from_dict(LMConfig, config)
-    training = Training(name, sizes, seq_len, precision)
+    training = Training(name, sizes, seq_len, precision, checkpointing)
     training.step(min(SHORT, seq_len))
 
     def run() -> Iterator[str]:
         training.step()
         yield PASS
 
-    facts = {"parameters": bench_peers.n_parameter(training.model), "precision": precision}
+    facts = {
+        "parameters": bench_peers.n_parameter(training.model), "precision": precision,
+        "checkpointing": checkpointing,
+    }  # fmt: skip
     return timing.Built(run, {PASS: training.flops(name, sizes)}, facts)
 
 
@@ -173,10 +189,12 @@ def model_rows(
     repeats: tuple[int, int] = (timing.REPEATS, 1),
     max_quadratic: int | None = None,
     precision: str = "float32",
+    checkpointing: bool = False,
 ) -> tuple[list[timing.Row], list[float]]:
     """Rows of all models ``names`` at all ``lengths``, and the rates of the limit.
 
     ``repeats``: of each, and of quadratic ones at more than ``bench_attention.LONG`` tokens.
+    ``checkpointing``: all of them compute their layers again in the backward pass.
 
     Raises:
         RuntimeError: two that should compute the same don't.
@@ -199,7 +217,7 @@ def model_rows(
             long = quadratic and seq_len > bench_attention.LONG
             settings = {
                 "name": name, "seq_len": seq_len, "config": dataclasses.asdict(config),
-                "precision": precision,
+                "precision": precision, "checkpointing": checkpointing,
             }  # fmt: skip
             n = min(repeats) if long else repeats[0]
             sides.append(timing.Side(name, f"{__name__}:build", settings, n))
@@ -231,6 +249,7 @@ def run(
         plan, config, sorted(args.lengths or lengths), names,
         repeats=(args.repeats or timing.REPEATS, args.repeats_long),
         max_quadratic=args.max_quadratic, precision=args.precision,
+        checkpointing=args.checkpointing,
     )  # fmt: skip
     return {
         "sizes": {"name": sizes, **dataclasses.asdict(config)},
