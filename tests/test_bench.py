@@ -1,145 +1,206 @@
-"""The benchmark: its rows, its refusal to time a wrong attention, its picture, its JSON."""
+"""``vqlm bench``: its words, and the whole way from them to JSON and a picture."""
 
 import argparse
-import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vqlm import bench
-from vqlm.config import LMConfig
+from vqlm import bench, bench_limit, cli
+from vqlm.bench_plot import drawn, plot
 
-TINY = LMConfig(n_head=2, d_k=4, d_v=4, n_code=5, window=3, block=4)
+TINY = "n_layer=1 d_model=16 n_head=2 d_k=8 d_v=8 n_code=5 window=4 block=4 n_entry=5 chunk=4"
 
 
-def test_rows_have_every_length_pass_and_mixer_up_to_the_quadratic_limit() -> None:
-    reported: list[bench.Row] = []
-    rows = bench.attention_rows(TINY, [8, 16], max_quadratic=8, repeats=3, report=reported.append)
-    assert reported == rows
+MATMUL, MEMORY = bench_limit.matmul_rate, bench_limit.memory_rate
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is measured with what takes no time."""
+    monkeypatch.setattr(bench_limit, "matmul_rate", _small(MATMUL, 16))
+    monkeypatch.setattr(bench_limit, "memory_rate", _small(MEMORY, 1024))
+    for module in ("bench_attention", "bench_model"):
+        monkeypatch.setattr(f"vqlm.{module}.matmul_rate", bench_limit.matmul_rate)
+    monkeypatch.setattr("vqlm.bench_decode.memory_rate", bench_limit.memory_rate)
+
+
+def _small(rate: Any, size: int) -> Any:
+    return lambda clock, _=None: rate(clock, size)
+
+
+def run(words: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    result = bench.run(parser.parse_args(words.split()))
+    json.dumps(result)
+    return result
+
+
+FIELDS = {
+    "what", "mixer", "seq_len", "pass", "ms_median", "ms_spread", "tokens_per_s", "peak_mb",
+    "ratio_vs", "share_of_limit", "repeats",
+}  # fmt: skip
+
+
+def test_attention_at_several_lengths_and_blocks() -> None:
+    result = run(
+        f"attention {TINY} --lengths 24,16 40 --blocks 4,8 --mixers vq,ovq --max-quadratic 24 "
+        "--forward-from 40 --repeats 2 --threads 1 --no-memory"
+    )
+    rows = result["rows"]
     both = ["forward", "forward+backward"]
-    want = [(8, p, m) for p in both for m in ("vq", "sdpa")] + [(16, p, "vq") for p in both]
-    assert [(row.seq_len, row.pass_, row.mixer) for row in rows] == want
+    names = [("vq", 4), ("vq", 8), ("ovq", None), ("sdpa", None)]
+    want = [(n, *name, p) for n in (16, 24) for name in names for p in both]
+    want += [(40, *name, "forward") for name in names[:3]]
+    assert [(r["seq_len"], r["mixer"], r.get("block"), r["pass"]) for r in rows] == want
     for row in rows:
-        assert row.what == "attention"
-        low, high = row.us_per_token_spread
-        assert 0 < low <= row.us_per_token_median <= high
-        other = {"vq": "sdpa", "sdpa": "vq"}[row.mixer]
-        assert list(row.ratio_vs) == ([other] if row.seq_len == 8 else [])
-        assert all(ratio > 0 for ratio in row.ratio_vs.values())
+        assert row.keys() >= FIELDS and row["what"] == "attention" and row["peak_mb"] is None
+        low, high = row["ms_spread"]
+        assert 0 < low <= row["ms_median"] <= high and row["share_of_limit"] > 0
+    assert rows[0]["ratio_vs"].keys() == {"vq block=8", "ovq", "sdpa"}
+    assert set(result["best_block"]) == {16, 24, 40}
+    assert set(result["best_block"].values()) <= {4, 8}
+    assert result["threads"] == 1 and result["torch"] == torch.__version__
+    assert {"device", "date", "sizes", "limit", "clock"} <= result.keys()
 
 
-def test_ratio_is_above_one_where_this_mixer_is_faster() -> None:
-    seconds = {"vq": [(1.0, 2.0), (1.0, 2.0)], "sdpa": [(3.0, 8.0), (5.0, 8.0)]}
-    rows = {(r.mixer, r.pass_): r for r in bench._summarise(seconds, seq_len=1000)}
-    assert rows["vq", "forward"].ratio_vs == {"sdpa": 4.0}
-    assert rows["sdpa", "forward+backward"].ratio_vs == {"vq": 0.25}
-    assert rows["sdpa", "forward"].us_per_token_median == 4000
-    assert rows["sdpa", "forward"].us_per_token_spread == (3500, 4500)
-
-
-def test_one_repeat_has_no_spread() -> None:
-    (row, _) = bench._summarise({"vq": [(1.0, 2.0)]}, seq_len=1000)
-    assert row.us_per_token_spread == (1000, 1000)
-
-
-def test_both_mixers_give_gradients_to_all_they_are_timed_for() -> None:
-    """Grouped heads included, and both of them from the same inputs."""
-    config = dataclasses.replace(TINY, n_head=4, n_kv_head=2)
-    x = bench._Inputs.of(config, 11, torch.float32, seed=0)
-    for mixer, run in bench._RUN.items():
-        out = run(x)
-        assert out.shape == x.d_out.shape
-        for gradient in torch.autograd.grad(out, x.leaves(mixer), x.d_out):
-            assert gradient.abs().sum() > 0
-
-
-def test_equivalence_check_passes() -> None:
-    assert bench.check_equivalence() < 1e-9
-
-
-def _wrong_output(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        out, state = attention(*args, **kwargs)
-        return out * (1 + 1e-6), state
-
-    return wrong
-
-
-def _wrong_gradient(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        return attention(*args, **kwargs, cache_grad=False)
-
-    return wrong
-
-
-def _not_a_number(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        out, state = attention(*args, **kwargs)
-        return out * float("nan"), state
-
-    return wrong
-
-
-@pytest.mark.parametrize("spoil", [_wrong_output, _wrong_gradient, _not_a_number])
-def test_a_wrong_attention_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., Any]
+def test_quadratic_ones_are_repeated_less_at_great_lengths(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bench.vq, "vq_attention", spoil(bench.vq.vq_attention))
-    monkeypatch.setattr(bench, "_time", lambda *_: pytest.fail("timed a wrong attention"))
-    with pytest.raises(RuntimeError, match="differs from its quadratic oracle"):
-        bench.attention_rows(TINY, [8])
+    monkeypatch.setattr("vqlm.bench_attention.LONG", 16)
+    rows = run(f"attention {TINY} --lengths 16 24 --repeats 3 --repeats-long 2 --no-memory")["rows"]
+    assert [(r["mixer"], r["repeats"]) for r in rows[::2]] == [
+        ("vq", 3), ("sdpa", 3), ("vq", 3), ("sdpa", 2)
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("lengths", "repeats"), [([], 1), ([0], 1), ([8], 0)])
-def test_nothing_to_time_is_refused(lengths: list[int], repeats: int) -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        bench.attention_rows(TINY, lengths, repeats=repeats)
+def test_one_block_length_needs_no_label() -> None:
+    rows = run(f"attention {TINY} --lengths 16 --repeats 1 --no-memory")["rows"]
+    assert rows[0]["block"] == 4 and rows[2]["ratio_vs"].keys() == {"vq"}
 
 
-def _rows() -> list[bench.Row]:
+def test_memory_is_measured_unless_it_is_not_wanted() -> None:
+    rows = run(f"attention {TINY} --lengths 16 --repeats 1 --against none")["rows"]
+    assert [r["peak_mb"] is not None and r["process_mb"] > 0 for r in rows] == [True, True]
+
+
+def test_limit_prints_and_returns_both_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run("limit --lengths 64 32 --repeats 2")
+    assert [r["mixer"] for r in result["rows"]] == ["float32 matrix product"] * 2 + ["memory copy"]
+    assert all(r["giga_per_s"] > 0 and r["repeats"] == 2 for r in result["rows"])
+    said = capsys.readouterr().out
+    assert "GFLOP/s" in said and "GB/s" in said
+
+
+def test_rates_by_hand() -> None:
+    ticks = iter([0.0, 4.0, 10.0, 12.0])
+
+    def clock() -> float:
+        return next(ticks)
+
+    assert MATMUL(clock, 10) == bench_limit.TIMES * 2 * 10**3 / 4
+    assert MEMORY(clock, 400) == bench_limit.TIMES * 2 * 400 / 2
+    assert bench_limit.summary([1e9, 3e9, 2e9]) == {"median": 2, "spread": [1.5, 2.5]}
+
+
+def test_official_counts_tokens_for_each_gflop_on_one_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    result = run(f"official {TINY} --lengths 16 --repeats 1 --no-memory")
+    (row,) = result["rows"]
+    assert result["bench"] == row["what"] == "official"
+    want = row["tokens_per_s"] / result["limit"]["median"]
+    assert row["tokens_per_gflop"] == pytest.approx(want, abs=0.01)
+
+
+def test_threads_are_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    run("limit --lengths 8 --repeats 1 --threads 3")
+    run(f"official {TINY} --lengths 16 --repeats 1 --no-memory")
+    with pytest.raises(ValueError, match="unknown mixer"):
+        run("attention --mixers none --against sdpb --threads 3")
+    assert asked == [3, 1, 1, 1, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("attention n_cod=5", "did you mean 'n_code'"),
+        ("attention stray", "written as key=value"),
+        ("attention --mixers vp", "did you mean 'vq'"),
+        ("attention --lengths 0", "at least one"),
+        ("attention --repeats 0", "want at least 1"),
+        ("attention --blocks 0", "blocks of at least one"),
+        ("model --against lama", "did you mean 'llama'"),
+        ("decode --against sdpa", "unknown model"),
+        ("decode --tokens 0", "at least one"),
+        ("limit n_code=5", "has no sizes"),
+        ("fidelity n_code=5", "has no sizes"),
+    ],
+)
+def test_mistakes_are_answered(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_words_may_stand_anywhere_and_help_names_every_benchmark(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "bench attention --repeats 1 --lengths 8 --no-memory n_head=1 --json block=3".split()
+    assert cli.main(words) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["sizes"]["n_head"] == 1 and result["rows"][0]["block"] == 3
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in bench.HELP)
+
+
+def _rows() -> list[dict[str, Any]]:
     return [
-        bench.Row("attention", mixer, n, p, 10.0, (9.0, 12.0), {})
+        {
+            "what": "attention", "mixer": mixer, "seq_len": n, "pass": p, "ms_median": ms,
+            "ms_spread": (0.9 * ms, 1.2 * ms), "tokens_per_s": 1e3 * n / ms,
+            "ratio_vs": {"vq": 0.5} if mixer == "sdpa" else {},
+        }
         for n in (512, 1024, 65536)
-        for p in bench.PASSES
-        for mixer in ("vq", "sdpa")
+        for p in ("forward", "forward+backward")
+        for mixer, ms in (("vq", n / 100), ("vq", n / 90), ("sdpa", n * n / 1000))
         if mixer == "vq" or n < 2048
-    ]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["a.svg", "a.png"])
 def test_plot_writes_a_file_and_the_same_one_again(tmp_path: Path, name: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / name
-    bench.plot(_rows(), path, "eight heads")
+    plot(_rows(), path, "eight heads")
     first = path.read_bytes()
     assert first.startswith({".svg": b"<?xml", ".png": b"\x89PNG"}[path.suffix])
-    bench.plot(_rows(), path, "eight heads")
+    plot(_rows(), path, "eight heads")
     assert path.read_bytes() == first
 
 
-def test_run_returns_all_that_it_measured() -> None:
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    words = "attention --lengths 64 32 --max-quadratic 32 --repeats 2 --threads 1 --clock cpu"
-    result = bench.run(parser.parse_args(words.split()))
-    json.dumps(result)
-    assert [row["seq_len"] for row in result["rows"]] == [32] * 4 + [64] * 2
-    assert [row["mixer"] for row in result["rows"][:2]] == ["vq", "sdpa"]
-    assert result["threads"] == 1 and result["torch"] == torch.__version__
-    assert {"device", "date", "sizes", "repeats", "clock"} <= result.keys()
+def test_plot_shows_the_longest_pass_and_the_fastest_block() -> None:
+    rows = drawn(_rows())
+    assert [(r["mixer"], r["seq_len"]) for r in rows] == [
+        ("vq", 512), ("sdpa", 512), ("vq", 1024), ("sdpa", 1024), ("vq", 65536)
+    ]  # fmt: skip
+    assert all(r["pass"] == "forward+backward" for r in rows)
+    assert all(r["ms_median"] == r["seq_len"] / 100 for r in rows if r["mixer"] == "vq")
 
 
-def test_run_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("benchmark", ["attention", "official", "decode"])
+def test_run_draws(benchmark: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
     path = tmp_path / "a.svg"
-    words = f"attention --lengths 32 --repeats 1 --plot {path}"
-    bench.run(parser.parse_args(words.split()))
-    table = capsys.readouterr().out.splitlines()
-    assert len(table) == 4 and "as fast as sdpa" in table[0]
-    assert path.exists()
+    words = f"{benchmark} {TINY} --lengths 8 16 --repeats 1 --no-memory --against none --tokens 2"
+    run(f"{words} --plot {path}")
+    assert path.read_text().startswith("<?xml")

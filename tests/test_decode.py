@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from vqlm.codebook import _lowest_argmax
 from vqlm.config import LMConfig
+from vqlm.kept import frozen
 from vqlm.model import LM
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -87,10 +88,10 @@ def test_what_is_frozen_is_made_once_and_follows_a_change(
 
     want = logits()
     assert len(made) == 2
-    with lm.frozen():
+    with frozen(lm):
         assert all(torch.equal(logits(), want) for _ in range(3))
         assert len(made) == 4
-        with lm.frozen():  # a second user who leaves first
+        with frozen(lm):  # a second user who leaves first
             logits()
         assert len(made) == 4
         with torch.no_grad():
@@ -108,7 +109,7 @@ def test_what_is_frozen_is_made_once_and_follows_a_change(
 def test_frozen_models_train_and_travel() -> None:
     """Gradients reach what is kept, and a copy, or a pickle for another process, keeps nothing."""
     lm, tokens = model(), torch.randint(23, (1, 9))
-    with lm.frozen():
+    with frozen(lm):
         with torch.inference_mode():
             lm(tokens)
         lm(tokens).logits.sum().backward()

@@ -16,8 +16,9 @@ PACKAGE = Path(__file__).parents[1] / "vqlm"
 ROWS = [
     {"kept"},
     {"reference", "config", "codebook", "segments", "vocabulary", "compressors", "sampling"},
-    {"figures", "settings", "precision", "sealed"},
-    {"layers", "data", "vq_schedule", "chunks", "dictionary"},
+    {"figures", "settings", "precision", "sealed", "timing"},
+    {"layers", "data", "vq_schedule", "chunks", "dictionary", "bench_limit", "bench_plot"},
+    {"flops"},
     {"vq_kernel", "ovq_kernel"},
     {"vq", "softmax", "ovq", "prepared"},
     {"vq_parallel", "patch_attention"},
@@ -29,8 +30,10 @@ ROWS = [
     {"charts", "patching"},
     {"patched_files"},
     {"__init__"},
-    {"train", "bench", "environment", "play", "report", "hf", "adapt"},
-    {"presets"},
+    {"train", "environment", "play", "report", "hf", "adapt", "bench_attention", "bench_peers"},
+    {"presets", "bench_model"},
+    {"bench_official", "bench_decode"},
+    {"bench"},
     {"demo", "throughput", "harness", "patch_study"},
     {"ablate", "recall_study"},
     {"commands_hf"},
@@ -43,15 +46,24 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # import would judge nothing.
 ONLY_FROM = {"layers": {"config", "segments", "kept"}, "data": {"vocabulary"}}
 ONLY_INTO = {
-    "reference": {"bench"},
+    "reference": {"bench_attention"},
     "accelerate": {"train"},
-    "matplotlib": {"bench", "ablate", "figures"},
+    "matplotlib": {"bench_plot", "ablate", "figures"},
     "jinja2": {"report"},
     "starlette": {"play"},
     "uvicorn": {"play"},
     "yaml": {"settings"},
     "lm_eval": {"harness"},
-    "transformers": {"hf", "hf_cache", "hf_tokenizer", "patching", "patched_files", "patch_study"},
+    "transformers": {
+        "hf",
+        "hf_cache",
+        "hf_tokenizer",
+        "patching",
+        "patched_files",
+        "patch_study",
+        "bench_peers",
+        "bench_decode",
+    },
 }
 
 
@@ -121,7 +133,7 @@ def test_the_package_is_flat() -> None:
         ("evaluate", "import accelerate"),
         ("cli", "def f():\n    from accelerate.utils import set_seed"),
         ("train", "def f():\n    import matplotlib.pyplot as plt"),
-        ("bench", "try:\n    import matplotlib\nexcept ImportError:\n    pass"),
+        ("bench_plot", "try:\n    import matplotlib\nexcept ImportError:\n    pass"),
     ],
 )
 def test_a_planted_offence_is_caught(module: str, source: str) -> None:
@@ -132,7 +144,8 @@ def test_a_planted_offence_is_caught(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("layers", "from vqlm.config import LMConfig\nfrom . import segments"),
-        ("bench", "from vqlm import reference\ndef f():\n    import matplotlib.pyplot"),
+        ("bench_attention", "from vqlm import reference"),
+        ("bench_plot", "def f():\n    import matplotlib.pyplot"),
         ("train", "import accelerate\nfrom vqlm.model import LM"),
         ("cli", "from vqlm import __version__, demo"),
     ],

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from vqlm import bench, checkpoint, presets, throughput
+from vqlm import bench_attention, checkpoint, presets, throughput, timing
 from vqlm.config import LMConfig, TrainConfig, override, override_all
 from vqlm.data import Corpus
 from vqlm.evaluate import evaluate
@@ -282,11 +282,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="no quadratic attention on longer sequences (default: %(default)s)",
     )  # fmt: skip
     timed.add_argument(
-        "--repeats", type=int, default=bench.REPEATS, metavar="N", help="default: %(default)s"
+        "--repeats", type=int, default=timing.REPEATS, metavar="N", help="default: %(default)s"
     )
     timed.add_argument("--threads", type=int, metavar="N", help="torch's threads")
     timed.add_argument(
-        "--clock", choices=list(bench.CLOCKS), default="wall",
+        "--clock", choices=list(timing.CLOCKS), default="wall",
         help="cpu: processor time of all threads, for one thread on a busy machine",
     )  # fmt: skip
 
@@ -323,7 +323,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _run_throughput(args: argparse.Namespace, pairs: dict[str, str], out: Path) -> dict[str, Any]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    sizes, limit = override(bench.SIZES, pairs), args.quadratic_limit
+    sizes, limit = override(bench_attention.SIZES, pairs), args.quadratic_limit
     rows = throughput.table(
         out / "throughput.json", sizes, args.lengths, quadratic_limit=limit, repeats=args.repeats,
         clock=args.clock,

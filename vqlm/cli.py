@@ -385,8 +385,9 @@ def _add_bench(commands: Any) -> None:
     from vqlm import bench
 
     parser = _command(
-        commands, "bench", "measure speed against torch's attention",
-        "  vqlm bench attention --threads 1 --plot time_per_token.svg",
+        commands, "bench", "measure speed and memory against peers, and the machine's limit",
+        "  vqlm bench attention --threads 1 --plot time_per_token.svg\n"
+        "  vqlm bench model --lengths 1024 8192 --against sdpa,llama", bench.EPILOG,
     )  # fmt: skip
     bench.add_arguments(parser)
     parser.set_defaults(run=bench.run)

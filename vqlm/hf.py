@@ -41,6 +41,7 @@ from vqlm.codebook import CodeStats, merge_layers
 from vqlm.config import LMConfig, TrainConfig, from_dict
 from vqlm.hf_cache import Call, VqlmCache, VqlmLayer
 from vqlm.hf_tokenizer import VqlmTokenizer
+from vqlm.kept import frozen
 from vqlm.model import LM, LMOutput, LMState
 from vqlm.vocabulary import END, PAD
 
@@ -142,8 +143,8 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
         return self.lm.checkpointing
 
     def generate(self, *arguments: Any, **settings: Any) -> Any:
-        """As in transformers; what is made of parameters alone is made once (``LM.frozen``)."""
-        with self.lm.frozen():
+        """As in transformers; what is made of parameters alone is made once (``kept.frozen``)."""
+        with frozen(self.lm):
             return super().generate(*arguments, **settings)
 
     def forward(

@@ -1,13 +1,14 @@
-"""What is made of parameters alone, kept while many short calls ask for it: see ``LM.frozen``."""
+"""What is made of parameters alone, kept while many short calls ask for it: see ``frozen``."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Made = TypeVar("Made")
 
@@ -45,3 +46,20 @@ class Kept(Generic[Made]):
 
     def __reduce__(self) -> tuple[type[Kept[Made]], tuple[()]]:
         return type(self), ()
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within it, what is made of parameters alone (position biases, codes) is made once, not in
+    every call without gradient: most of what decoding a token does beside its products.
+
+    Parameters that change in it all the same are noticed, unless through ``tensor.data``.
+    """
+    kept = [m.kept for m in model.modules() if isinstance(getattr(m, "kept", None), Kept)]
+    for one in kept:
+        one.hold(1)
+    try:
+        yield
+    finally:
+        for one in kept:
+            one.hold(-1)

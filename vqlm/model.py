@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -16,15 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import LMConfig
-from vqlm.layers import (
-    AttentionProjections,
-    Norm,
-    Projected,
-    ShortConvolution,
-    SwiGLU,
-    drop,
-    sinusoid,
-)
+from vqlm.flops import model_flops
+from vqlm.kept import frozen
+from vqlm.layers import Norm, Projected, ShortConvolution, SwiGLU, drop, sinusoid
 from vqlm.ovq import OVQAttention, OVQState
 from vqlm.sampling import pick
 from vqlm.segments import Segments
@@ -227,6 +220,11 @@ class LM(nn.Module):
         other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
         return other.train(self.training)
 
+    def flops(self, seq_len: int) -> int:
+        """Floating-point operations of a forward pass over one row of ``seq_len`` tokens from the
+        empty state; a training step has three times as many.  ``vqlm.flops`` says what counts."""
+        return model_flops(self.config, seq_len)
+
     def state_bytes(self, batch_size: int = 1) -> int:
         """Bytes of the empty state; for "vq" and "window" mixers also after any length."""
         return self.init_state(batch_size).bytes()
@@ -313,22 +311,6 @@ class LM(nn.Module):
             logits = self.output(x)
         return logits * self.config.output_scale if self.config.output_scale != 1 else logits
 
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Within it, what is made of parameters alone (position biases, codes) is made once, not
-        in every call without gradient: decoding takes a third of the time less.
-
-        Parameters that change in it all the same are noticed, unless through ``tensor.data``.
-        """
-        kept = [m.kept for m in self.modules() if isinstance(m, AttentionProjections | Codebook)]
-        for one in kept:
-            one.hold(1)
-        try:
-            yield
-        finally:
-            for one in kept:
-                one.hold(-1)
-
     def codebooks(self) -> list[Codebook | None]:
         """The codebook of each layer; None where the mixer has none."""
         mixers = [layer.mixer for layer in self._layers()]
@@ -404,7 +386,7 @@ class LM(nn.Module):
             out = self(prompt, state, mask=mask)
             logits = out.logits[:, -1] if mask is None else _last_real(out.logits, mask)
             token = prompt[:, -1]
-            with self.frozen():
+            with frozen(self):
                 for index in range(n_token):
                     if index > 0:
                         out = self(token[:, None], out.state)

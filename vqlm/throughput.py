@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vqlm import bench
+from vqlm import bench_attention, timing
 from vqlm.config import LMConfig
 from vqlm.segments import Segments
 from vqlm.softmax import SoftmaxAttention
@@ -37,7 +37,7 @@ VQ = ("serial", *REDUCTIONS)
 ATTENTIONS = ("quadratic", *VQ)
 """Everything that is timed; quadratic is the softmax mixer."""
 
-LENGTHS = bench.LENGTHS[:6]
+LENGTHS = bench_attention.LENGTHS[:6]
 """Default sequence lengths in tokens, 512 ... 16384."""
 
 QUADRATIC_LIMIT = 4096
@@ -172,11 +172,11 @@ def row_of(seconds: dict[str, list[float]], seq_len: int) -> dict[str, Any]:
 
 def table(
     path: Path,
-    sizes: LMConfig = bench.SIZES,
+    sizes: LMConfig = bench_attention.SIZES,
     lengths: Sequence[int] = LENGTHS,
     *,
     quadratic_limit: int = QUADRATIC_LIMIT,
-    repeats: int = bench.REPEATS,
+    repeats: int = timing.REPEATS,
     clock: str = "wall",
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
@@ -184,7 +184,7 @@ def table(
 
     A row is one head type at one length: "heads", "seq_len", "settings" and ``row_of``.  It is
     measured again only if its settings are others now; rows of other lengths stay in the file.
-    ``clock`` is one of ``bench.CLOCKS``.
+    ``clock`` is one of ``timing.CLOCKS``.
 
     Raises:
         RuntimeError: kinds of VQ-attention are not equal.
@@ -206,7 +206,7 @@ def table(
                 if not checked:
                     check_equivalence()
                     checked = True
-                seconds = measure(config, seq_len, attentions, repeats, bench.CLOCKS[clock])
+                seconds = measure(config, seq_len, attentions, repeats, timing.CLOCKS[clock])
                 row = {"heads": heads, "seq_len": seq_len, "settings": settings}
                 row |= row_of(seconds, seq_len)
                 known[heads, seq_len] = row
