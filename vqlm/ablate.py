@@ -36,6 +36,10 @@ VALUES = {"codes": "32,128,512", "cache": "on,off"}
 """Default values of it."""
 
 
+AXES = {"n_code": "codes a head (n_code)", "cache": "cache of what is older than the window"}
+"""What the axis of a setting is called in a plot."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training of a study."""
@@ -182,7 +186,7 @@ def plot_cells(rows: Sequence[dict[str, Any]], field: str, title: str, path: Pat
         axes[0].annotate(f"{mean:.3f}", (x, mean), xytext=(8, 4), textcoords="offset points")
     axes[0].set_xticks(place, [row["value"] for row in rows])
     axes[0].margins(x=0.15, y=0.15)
-    axes[0].set_xlabel(field)
+    axes[0].set_xlabel(AXES.get(field, field))
     axes[0].set_ylabel("test bits per byte (a point a seed)")
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
