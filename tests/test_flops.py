@@ -25,9 +25,9 @@ def every_code_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the count assumes: from the first that is."""
     order = vq_schedule._order
 
-    def full(*arguments: Any) -> tuple[Any, list[int]]:
+    def full(*arguments: Any) -> tuple[Any, list[int]]:  # code, kept, count, begins
         found, n_slot = order(*arguments)
-        return found, [found.shape[2] if n else 0 for n in n_slot]
+        return found, [arguments[2].shape[2] if n else 0 for n in n_slot]
 
     monkeypatch.setattr(vq_schedule, "_order", full)
 

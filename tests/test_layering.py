@@ -19,7 +19,7 @@ ROWS = [
     {"figures", "settings", "precision", "sealed", "timing"},
     {"layers", "data", "vq_schedule", "chunks", "dictionary", "bench_limit", "bench_plot"},
     {"flops"},
-    {"vq_kernel", "ovq_kernel"},
+    {"vq_kernel", "ovq_kernel", "vq_step"},
     {"vq", "softmax", "ovq", "prepared"},
     {"vq_parallel", "patch_attention"},
     {"model", "pictures", "download", "recall"},

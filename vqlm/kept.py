@@ -55,7 +55,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Parameters that change in it all the same are noticed, unless through ``tensor.data``.
     """
-    kept = [m.kept for m in model.modules() if isinstance(getattr(m, "kept", None), Kept)]
+    found = (getattr(module, "kept", None) for module in model.modules())
+    kept = [one for one in found if isinstance(one, Kept)]
     for one in kept:
         one.hold(1)
     try:

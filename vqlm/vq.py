@@ -113,12 +113,7 @@ def vq_attention(
     dtype = state.key.dtype
     code = torch.cat([state.code, keys.code], 2)
     schedule = Schedule.of(
-        code,
-        state.length,
-        segments,
-        window=window,
-        block=block,
-        count=state.value_count,
+        code, state.length, segments, window=window, block=block, count=state.value_count
     )
     key, value = keys.key.to(dtype), value.to(dtype)
     sums = torch.cat([state.value_sum, state.value_count[..., None]], 3)

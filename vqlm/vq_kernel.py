@@ -75,12 +75,11 @@ class _Call:
         self.batch, self.heads, self.n_token, width = x.query.shape
         self.groups, self.n_code, _ = x.codes.shape
         self.window = schedule.window
-        n_slot, n_table = schedule.order.shape[2], self.batch * self.groups
+        n_table, order = self.batch * self.groups, schedule.order
         self._code = _flat(schedule.code, self.n_code, self.groups)
-        self._slot = _flat(schedule.slot, n_slot, n_table)
-        self._order = _flat(schedule.order, n_slot, n_table).flatten()
-        codes = x.codes if n_slot else x.codes[:, :0]
-        self.codes = self.in_order(codes.expand(self.batch, -1, -1, -1))
+        self._slot = _flat(schedule.slot, self.n_code, n_table)
+        self._order = None if order is None else _flat(order, self.n_code, n_table).flatten()
+        self.codes = self.in_order(x.codes.expand(self.batch, -1, -1, -1))
         # Row m of these is for distance M - m, in the order of the columns of a query.
         rows = x.rows.flip(1).expand(self.batch, -1, -1, -1)
         self.rows = rows.reshape(self.batch * self.heads, self.window + 1, width)
@@ -93,13 +92,17 @@ class _Call:
             self._buffers[name] = self.x.query.new_empty(size)
         return self._buffers[name][:size].view(shape)
 
-    def in_order(self, slots: Float[Tensor, "B G S width"]) -> Float[Tensor, "BG used width"]:
+    def in_order(self, slots: Float[Tensor, "B G S width"]) -> Float[Tensor, "BG S width"]:
         """Codes or slots in the order of the schedule; a copy."""
+        if self._order is None:
+            return slots.flatten(0, 1).clone()
         rows = slots.flatten(0, 2).index_select(0, self._order)
         return rows.view(self.batch * self.groups, -1, slots.shape[-1])
 
     def out_of_order(self, slots: Float[Tensor, "BG S width"]) -> Float[Tensor, "B G S width"]:
         """The inverse of ``in_order``."""
+        if self._order is None:
+            return slots.unflatten(0, (self.batch, -1))
         rows = slots.flatten(0, 1)
         rows = torch.empty_like(rows).index_copy_(0, self._order, rows)
         return rows.view(self.batch, self.groups, *slots.shape[1:])
@@ -186,7 +189,7 @@ class _Call:
         """Puts 0 where a recent key may not be seen; ``weights`` is [B, H, L, W]."""
         empty = block.first - block.begin
         weights.tril_(self.window - empty)
-        if self.schedule.order.shape[2] == 0:
+        if not self.schedule.with_slots:
             weights.triu_(-empty)
         if block.masks_recent:
             weights.mul_(self.schedule.recent_mask(block))

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from vqlm.segments import Segments
 
+MOSTLY = 0.75
+"""Share of the codes in use in the state, in some row, from which on slots are not put in order."""
+
 
 class Block(NamedTuple):
     """What one block of queries sees and files, as the host needs to know it."""
@@ -47,11 +50,14 @@ class Schedule:
     window: int
     code: Int[Tensor, "B G joined"]
     """Codes of [M memory slots, T tokens]."""
-    order: Int[Tensor, "B G S"]
+    order: Int[Tensor, "B G S"] | None
     """Codes in the order in which something is first filed under them; those of the state first.
-    The slots lie in this order, so that those which a block can leave out are the last ones."""
+    The slots lie in this order, so that those which a block can leave out are the last ones.
+    None: they lie as the codes do."""
+    with_slots: bool
+    """Whether there is a cache."""
     slot: Int[Tensor, "B G joined"]
-    """Where each of these codes lies in it; without a cache, the code itself."""
+    """Where each of these codes lies in it."""
     document: Int[Tensor, "B joined"]
     """Document of the call that each belongs to, 0 being the state's; -1: an empty slot."""
     kept: Bool[Tensor, "B T"]
@@ -88,11 +94,11 @@ class Schedule:
         after = slots_document[:, 1:].repeat_interleave(block, 1)[:, :n_token]
         kept = (position < real[:, None]) & (left >= 0) & (left == after) & (count.shape[2] > 0)
         order, n_slot = _order(code[:, :, :n_token], kept, count, begins)
-        place = torch.arange(order.shape[2], device=code.device).expand_as(order)
-        slot = torch.empty_like(order).scatter_(2, order, place)
-        slot = slot.gather(2, code) if order.shape[2] else code
+        slot = code if order is None else order.argsort(-1).gather(2, code)
         blocks = _blocks(document, kept, slots_document, window, block, n_slot)
-        return cls(window, code, order, slot, document, kept, slots_document, blocks)
+        return cls(
+            window, code, order, count.shape[2] > 0, slot, document, kept, slots_document, blocks
+        )
 
     def recent_mask(self, block: Block) -> Bool[Tensor, "B 1 L W"]:
         """True where query and recent key are of one document."""
@@ -111,13 +117,17 @@ class Schedule:
         return self.slots_document[:, index] == self.slots_document[:, index + 1]
 
 
-def _order(code: Tensor, kept: Tensor, count: Tensor, begins: Tensor) -> tuple[Tensor, list[int]]:
+def _order(
+    code: Tensor, kept: Tensor, count: Tensor, begins: Tensor
+) -> tuple[Tensor | None, list[int]]:
     """``Schedule.order``, and for each block how many of the slots have been filed under."""
     n_token, n_code = code.shape[2], count.shape[2]
     if n_code == 0:
-        return torch.empty_like(count, dtype=torch.long), [0] * len(begins)
+        return None, [0] * len(begins)
     time = torch.arange(n_token, device=code.device).where(kept, n_token)[:, None].expand_as(code)
     first = torch.where(count > 0, -1, n_token)
+    if (count > 0).sum(-1).max() > MOSTLY * n_code:  # nothing to be won
+        return None, [n_code] * len(begins)
     first, order = first.scatter_reduce_(2, code, time, "amin").sort(dim=-1, stable=True)
     n_slot = torch.searchsorted(first, begins.expand(*first.shape[:2], -1).contiguous())
     return order, n_slot.amax((0, 1)).tolist()
