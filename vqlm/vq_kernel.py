@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vqlm.codebook import flat_index
 from vqlm.vq_schedule import Block, Schedule
 
 
@@ -75,10 +76,10 @@ class _Call:
         self.batch, self.heads, self.n_token, width = x.query.shape
         self.groups, self.n_code, _ = x.codes.shape
         self.window = schedule.window
-        n_table, order = self.batch * self.groups, schedule.order
-        self._code = _flat(schedule.code, self.n_code, self.groups)
-        self._slot = _flat(schedule.slot, self.n_code, n_table)
-        self._order = None if order is None else _flat(order, self.n_code, n_table).flatten()
+        code, slot, order = schedule.code, schedule.slot, schedule.order
+        self._code = flat_index(code, self.n_code).view_as(code)
+        self._slot = flat_index(slot.flatten(0, 1), self.n_code).view_as(slot)
+        self._order = None if order is None else flat_index(order.flatten(0, 1), self.n_code)
         self.codes = self.in_order(x.codes.expand(self.batch, -1, -1, -1))
         # Row m of these is for distance M - m, in the order of the columns of a query.
         rows = x.rows.flip(1).expand(self.batch, -1, -1, -1)
@@ -220,15 +221,13 @@ class _Call:
         if block.files:
             values = F.pad(self.values(block.begin, block.end), (0, 1), value=1.0)
             values = self._keep(block, values)
-            slot = self._slot[:, :, block.begin : block.end].flatten()
-            sums.flatten(0, 1).index_add_(0, slot, values.flatten(0, 1))
+            sums.flatten(0, 1).index_add_(0, self._slot_index(block), values.flatten(0, 1))
 
     def d_file_(self, index: int, d_sums: Tensor, d_values: Tensor) -> None:
         """Backward of ``file_``: adds to ``d_values`` [BG, joined, V], takes ``d_sums`` back."""
         block = self.schedule.blocks[index]
         if block.files:
-            slot = self._slot[:, :, block.begin : block.end].flatten()
-            d = d_sums.flatten(0, 1).index_select(0, slot)
+            d = d_sums.flatten(0, 1).index_select(0, self._slot_index(block))
             d = self._keep(block, d.view(len(d_values), -1, d.shape[-1]))
             d_values[:, block.begin : block.end] += d
         if block.resets:
@@ -241,13 +240,8 @@ class _Call:
         kept = self.schedule.kept[:, block.begin : block.end, None]
         return (x.unflatten(0, (self.batch, -1)) * kept[:, None]).flatten(0, 1)
 
-
-def _flat(index: Int[Tensor, "B G joined"], n_slot: int, n_table: int) -> Int[Tensor, "B G joined"]:
-    """Indices into ``n_table`` tables of ``n_slot`` rows that are joined, one for each head or for
-    each row and head."""
-    batch, heads, _ = index.shape
-    table = torch.arange(batch * heads, device=index.device) % n_table
-    return index + n_slot * table.view(batch, heads, 1)
+    def _slot_index(self, block: Block) -> Tensor:
+        return self._slot[:, :, block.begin : block.end].flatten()
 
 
 class _Attend(torch.autograd.Function):
