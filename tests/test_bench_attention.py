@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from spoilt import not_a_number, wrong_gradient, wrong_output
 
 from vqlm import bench_attention, timing
 from vqlm.bench_attention import RUN, Inputs, attention_rows, best_blocks, check_equivalence
@@ -31,34 +32,11 @@ def test_equivalence_check_passes(mixer: str) -> None:
     assert check_equivalence(mixer) < 1e-9
 
 
-def _wrong_output(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        out, state = attention(*args, **kwargs)
-        return out * (1 + 1e-6), state
-
-    return wrong
-
-
-def _wrong_gradient(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        return attention(*args, **kwargs, cache_grad=False)
-
-    return wrong
-
-
-def _not_a_number(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        out, state = attention(*args, **kwargs)
-        return out * float("nan"), state
-
-    return wrong
-
-
 @pytest.mark.parametrize(
     ("mixer", "spoil"),
     [
-        ("vq", _wrong_output), ("vq", _wrong_gradient), ("vq", _not_a_number),
-        ("ovq", _wrong_output), ("ovq", _not_a_number),
+        ("vq", wrong_output), ("vq", wrong_gradient), ("vq", not_a_number),
+        ("ovq", wrong_output), ("ovq", not_a_number),
     ],
 )  # fmt: skip
 def test_a_wrong_attention_is_not_timed(

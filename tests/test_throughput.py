@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from spoilt import not_a_number, wrong_gradient, wrong_output
 from torch.testing import assert_close
 
 from vqlm import throughput
@@ -65,30 +66,7 @@ def test_kinds_of_vq_attention_are_equal() -> None:
     assert 0 < throughput.check_equivalence() < 1e-9
 
 
-def _wrong_output(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        out, state = attention(*args, **kwargs)
-        return out * (1 + 1e-6), state
-
-    return wrong
-
-
-def _wrong_gradient(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        return attention(*args, **{**kwargs, "cache_grad": False})
-
-    return wrong
-
-
-def _not_a_number(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        out, state = attention(*args, **kwargs)
-        return out * float("nan"), state
-
-    return wrong
-
-
-@pytest.mark.parametrize("spoil", [_wrong_output, _wrong_gradient, _not_a_number])
+@pytest.mark.parametrize("spoil", [wrong_output, wrong_gradient, not_a_number])
 def test_a_wrong_attention_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoil: Callable[..., Any]
 ) -> None:

@@ -270,7 +270,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--values", metavar="A,B,...", help=f"default: {VALUES['codes']}; {VALUES['cache']}"
     )
     trained.add_argument(
-        "--seeds", type=_numbers, default=[0], metavar="0,1,...", help="default: 0"
+        "--seeds", type=timing.numbers, default=[0], metavar="0,1,...", help="default: 0"
     )
     trained.add_argument(
         "--context", type=int, metavar="N",
@@ -278,7 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     timed = parser.add_argument_group("throughput")
     timed.add_argument(
-        "--lengths", type=_numbers, default=list(throughput.LENGTHS), metavar="N,N,...",
+        "--lengths", type=timing.numbers, default=list(throughput.LENGTHS), metavar="N,N,...",
         help="sequence lengths in tokens (default: 512 to 16384, doubling)",
     )  # fmt: skip
     timed.add_argument(
@@ -293,13 +293,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clock", choices=list(timing.CLOCKS), default="wall",
         help="cpu: processor time of all threads, for one thread on a busy machine",
     )  # fmt: skip
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

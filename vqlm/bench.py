@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what", nargs="*", metavar="key=value", help="sizes: fields of LMConfig (vqlm/config.py)"
     )
     parser.add_argument(
-        "--lengths", type=_numbers, nargs="+", metavar="N",
+        "--lengths", type=timing.numbers, nargs="+", metavar="N",
         help="sequence lengths in tokens; decode: tokens behind the one decoded",
     )  # fmt: skip
     parser.add_argument(
@@ -93,7 +93,10 @@ def _add_special_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that single benchmarks read."""
     attention = parser.add_argument_group("attention")
     attention.add_argument(
-        "--blocks", type=_numbers, metavar="L,L,...", help="block lengths of vq to choose from"
+        "--blocks",
+        type=timing.numbers,
+        metavar="L,L,...",
+        help="block lengths of vq to choose from",
     )
     attention.add_argument(
         "--forward-from", type=int, default=bench_attention.FORWARD_FROM, metavar="N",
@@ -125,13 +128,6 @@ def _add_special_arguments(parser: argparse.ArgumentParser) -> None:
         "--rules", metavar="KEY=VALUE,...",
         help="rules and sizes of LMConfig to measure; default: a table of variants",
     )  # fmt: skip
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
 
 
 def _names(text: str) -> list[str]:

@@ -8,6 +8,7 @@ whatever else the machine does meets all of them, and so does the measurement of
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -186,6 +187,18 @@ class _Timed(NamedTuple):
             round(work / typical / self.rate, 4) if work else None,
             {**side.facts, **built.facts} | ({"process_mb": in_all} if in_all else {}),
         )  # fmt: skip
+
+
+def numbers(text: str) -> list[int]:
+    """The type of an option such as ``--lengths 512,1024``.
+
+    Raises:
+        argparse.ArgumentTypeError: something that is no whole number.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
