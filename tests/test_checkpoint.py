@@ -228,6 +228,7 @@ def test_a_real_run_folder_has_what_its_docstring_says(tmp_path: Path) -> None:
     expected = {
         *model,
         ".lock",
+        "heartbeat.json",
         "metrics.jsonl",
         "events",
         "checkpoints",

@@ -3,7 +3,7 @@
     RUN/config.json, model.safetensors     the newest model: what ``load_model`` and others read
     RUN/data.json, vocabulary.model        what its tokens stand for; no such model for bytes
     RUN/checkpoints/step-00000500/         all of these, and trainer.json, trainer.safetensors
-    RUN/.lock                              held while a training writes
+    RUN/.lock, heartbeat.json              held while a training writes; what it is doing
     RUN/best/                              the model that did best on validation, trainer.json
 
 A checkpoint is written to a folder of another name, synced, and renamed when it is complete.  Its
@@ -56,6 +56,17 @@ class Medium(NamedTuple):
         return cls(corpus.kind, corpus.picture_shape, corpus.vocabulary)
 
 
+class Weights(NamedTuple):
+    """A model as files know it; tensors may be copies, for saving while the model learns on."""
+
+    config: LMConfig
+    tensors: dict[str, Tensor]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """By the model's own names."""
+        return self.tensors
+
+
 def load_medium(folder: str | Path) -> Medium:
     """What the tokens of a run folder's model stand for; bytes of text where nothing is said.
 
@@ -92,7 +103,7 @@ def save_medium(medium: Medium, folder: Path) -> None:
     medium.vocabulary.save(folder)
 
 
-def save_model(model: LM, folder: Path, medium: Medium | None = None) -> None:
+def save_model(model: LM | Weights, folder: Path, medium: Medium | None = None) -> None:
     """Writes ``config.json``, ``model.safetensors`` and what is in ``medium`` into ``folder``,
     which must exist."""
     if medium is not None:
@@ -203,7 +214,7 @@ def _replacing(final: Path) -> Iterator[Path]:
 def save_checkpoint(
     run: Path,
     step: int,
-    model: LM,
+    model: LM | Weights,
     tensors: dict[str, Tensor],
     info: dict[str, Any],
     *,

@@ -21,6 +21,7 @@ FOUNDERS = ("spread", "random", "first", "kmeans++")
 FILINGS = ("join", "merge")
 ENTRY_READS = ("renormalised", "mean", "gmr")
 OPTIMIZERS = ("adamw", "lion", "adafactor")
+ON_DIVERGENCE = ("stop", "skip", "roll_back")
 SCHEDULES = ("cosine", "inverse_sqrt", "linear", "constant")
 
 T = TypeVar("T")
@@ -234,6 +235,18 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
+    background_saves: bool = False
+    """Write checkpoints in a thread while training goes on, from copies of all tensors."""
+    on_divergence: str = "stop"
+    """What follows a loss or gradient that is not finite: "stop"; "skip" leaves the step out;
+    "roll_back" returns to the newest checkpoint and goes on behind the batch that did it."""
+    spike: float | None = None
+    """Standard deviations above the median of the last 100 losses at which a loss is taken for
+    such a one too; None: no loss is too high.  (See ``vqlm.watch.Judge``.)"""
+    deterministic: bool = False
+    """Two runs on one machine save the same bytes: only operations that give the same result every
+    time, and no times in what is saved; minutes and precision "auto", which ask a clock, are
+    refused."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -242,7 +255,7 @@ class TrainConfig:
         )
         for name in positive.split():
             _require(self, name, getattr(self, name) > 0, "positive")
-        for name in ("minutes", "clip_norm"):
+        for name in ("minutes", "clip_norm", "spike"):
             value = getattr(self, name)
             _require(self, name, value is None or value > 0, "positive, or None")
         for name in ("beta1", "beta2", "codebook_decay", "revive_below"):
@@ -267,6 +280,11 @@ class TrainConfig:
         require_known("codebook_start", self.codebook_start, CODEBOOK_STARTS)
         require_known("optimizer", self.optimizer, OPTIMIZERS)
         require_known("schedule", self.schedule, SCHEDULES)
+        require_known("on_divergence", self.on_divergence, ON_DIVERGENCE)
+        if self.deterministic:
+            _require(self, "minutes", self.minutes is None, "None if deterministic: time varies")
+            chosen = self.precision != "auto"
+            _require(self, "precision", chosen, "given if deterministic: auto asks a clock")
 
 
 def _require(config: object, name: str, ok: bool, wanted: str) -> None:

@@ -1,8 +1,11 @@
-"""Which number format multiplies matrices faster on the machine at hand."""
+"""Which number format multiplies matrices faster here, and how to get the same bits each time."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -35,3 +38,26 @@ def _seconds(dtype: torch.dtype) -> float:
         a @ a
         times.append(time.perf_counter() - begin)
     return min(times)
+
+
+@contextlib.contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """Only operations that give the same bits each time on one machine, if that is ``wanted``.
+
+    Raises, inside:
+        RuntimeError: an operation that torch has no such kernel for.
+    """
+    if not wanted:
+        yield
+        return
+    # What cuBLAS wants to hear before its first product; torch refuses products without.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    strict = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    tries_out, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=only_warns)
+        torch.backends.cudnn.benchmark = tries_out

@@ -31,6 +31,8 @@ class Progress:
     """Time spent in ``fit``, over all its runs."""
     best_nats: float | None = None
     """Least nats per token of a look at the validation split so far."""
+    skipped: int = 0
+    """Batches left out after a divergence; ``step`` and these are all that were read."""
 
 
 class StepSums(NamedTuple):
@@ -70,10 +72,15 @@ class RunLog:
         """Takes note of a step; nothing is computed yet."""
         self._pending.append(sums)
 
-    def write(self, progress: Progress, share: float) -> None:
-        """Writes the mean of the steps added since the last call, if there are any."""
+    def forget(self) -> None:
+        """Drops the steps added since the last line: the training has gone back before them."""
+        self._pending.clear()
+        self._tokens_before = None
+
+    def write(self, progress: Progress, share: float) -> dict[str, float]:
+        """Writes the mean of the steps added since the last call, if there are any; returns it."""
         if not self._pending:
-            return
+            return {}
         nats = torch.stack([sums.nats for sums in self._pending]).sum().item()
         bits = nats / (math.log(2) * max(1, sum(sums.n_bytes for sums in self._pending)))
         last = self._pending[-1]
@@ -99,6 +106,7 @@ class RunLog:
         if self._bar.disable and time.monotonic() - self._last_line > 15:
             self.note(text)
             self._last_line = time.monotonic()
+        return numbers
 
     def validation(self, progress: Progress, result: Evaluation) -> None:
         """Writes a look at the validation split."""

@@ -21,7 +21,15 @@ SEAL = "sha256"
 def pack(tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> bytes:
     """What a file with these tensors, on the CPU and contiguous, and these ``facts`` holds."""
     facts = {"format": "pt", **(facts or {})}
-    return safetensors.torch.save(tensors, {**facts, SEAL: digest(tensors, facts)})
+    content = safetensors.torch.save(tensors, {**facts, SEAL: digest(tensors, facts)})
+    # safetensors writes the facts in another order each time; the same tensors and facts are to
+    # give the same bytes.
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(ordered) <= length
+    return b"".join((content[:8], ordered.ljust(length), memoryview(content)[8 + length :]))
 
 
 def unpack(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 import warnings
@@ -26,18 +27,34 @@ from vqlm.data import Batch, Corpus, Lanes
 from vqlm.evaluate import Evaluation, evaluate
 from vqlm.model import LM, LMState
 from vqlm.optimizers import (
-    load_state_tensors,
     make_optimizer,
     schedule,
     share_after_warmup,
     state_tensors,
 )
-from vqlm.precision import fastest
+from vqlm.precision import fastest, repeatable
+from vqlm.resume import (
+    damaged,
+    load_optimizer,
+    load_states,
+    read_progress,
+    require_same_data,
+    require_same_model,
+)
 from vqlm.runlog import Progress, RunLog, StepSums
+from vqlm.saver import Saver, copied
+from vqlm.watch import Heartbeat, Judge, Lookout
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss, the gradient or the model is no longer finite."""
+    """The loss, the gradient or the model is no longer finite, or the loss is a spike.
+
+    ``what`` has happened; ``step_undone``: in a step that was not made, all is as it was before.
+    """
+
+    def __init__(self, what: str, advice: str, step_undone: bool) -> None:
+        super().__init__(f"{what}; {advice}")
+        self.what, self.step_undone = what, step_undone
 
 
 class Trainer:
@@ -73,6 +90,7 @@ class Trainer:
         self.progress = Progress()
         self.saved_step: int | None = None
         self.health = torch.zeros((), device=self.accelerator.device)
+        self.judge, self.saver = Judge(config), Saver()
         self.stop_requested = False
         self.stop_signal: int | None = None
         """The signal that asked for it, if one did."""
@@ -115,6 +133,10 @@ class Trainer:
         """One optimizer step and one codebook update; returns sums over the batch, on the device.
 
         loss = mean over tokens of (cross-entropy + commitment weight * sum over layers |k-k_hat|^2)
+
+        Raises:
+            TrainingDiverged: the judge, if it is to look at every step, has refused this one; the
+                model, its codebooks, the optimizer and the states are as they were.
         """
         rate, weight = self.rate(), self.commitment()
         for group in self.optimizer.param_groups:
@@ -122,6 +144,7 @@ class Trainer:
         batch = batch.to(self.accelerator.device)
         n_token = batch.targets.numel()
         sequence, within = self._place_in_sequence()
+        states_before = list(self.states)
         if within == 0:
             self.states = [None] * self.config.accumulate
         nats, stats = self.health.new_zeros(()), None
@@ -140,6 +163,12 @@ class Trainer:
         largest = math.inf if self.config.clip_norm is None else self.config.clip_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
         assert norm is not None and stats is not None
+        if self.judge.at_every_step:
+            wrong = self.judge.verdict(nats.item() / n_token, norm.item())
+            if wrong is not None:
+                self.optimizer.zero_grad(set_to_none=True)
+                self.states = states_before
+                raise self._diverged(f"step {self.progress.step + 1}: {wrong}", step_undone=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.bare_model.update_codebooks_(
@@ -157,7 +186,8 @@ class Trainer:
         None without end (``context_len``)."""
         if self.config.context_len is None:
             return None, None
-        return divmod(self.progress.step * self.config.seq_len, self.config.context_len)
+        n_read = self.progress.step + self.progress.skipped
+        return divmod(n_read * self.config.seq_len, self.config.context_len)
 
     def _dropout_seed(self, sequence: int, part: int) -> int:
         """All steps over one sequence drop the same layers and sinusoids (the paper, section 5 of
@@ -169,20 +199,25 @@ class Trainer:
         one of ``tensors`` is not; waits for the device."""
         if all(bool(torch.isfinite(x).all()) for x in (self.health, *tensors)):
             return
-        newest = checkpoint.newest_checkpoint(self.out)
-        kept = f"the last good checkpoint is {newest}" if newest else "nothing was saved yet"
-        raise TrainingDiverged(
-            f"loss, gradient or model is not finite by step {self.progress.step}; {kept}. Try a "
-            f"lower learning_rate (now {self.config.learning_rate}), more warmup_steps, or a "
-            "smaller clip_norm"
-        )
+        raise self._diverged(f"loss, gradient or model is not finite by step {self.progress.step}")
 
-    def save(self) -> Path:
-        """Writes a checkpoint of everything that ``resume`` needs.
+    def _diverged(self, what: str, step_undone: bool = False) -> TrainingDiverged:
+        failure, newest = self.saver.finish(), checkpoint.newest_checkpoint(self.out)
+        kept = f"the last good checkpoint is {newest}" if newest else "nothing was saved yet"
+        advice = (
+            f"{failure or kept}. Try a lower learning_rate (now {self.config.learning_rate}), more "
+            "warmup_steps, or a smaller clip_norm"
+        )
+        return TrainingDiverged(what, advice, step_undone)
+
+    def save(self, background: bool = False) -> None:
+        """Writes a checkpoint of everything that ``resume`` needs; ``background``: in a thread,
+        from copies, while training goes on.
 
         Raises:
             TrainingDiverged: rather than save a model that is not finite.
-            OSError: the disk is full, say; older checkpoints stay valid.
+            OSError: the disk is full, say; older checkpoints stay valid.  In the background it is
+                the save before that has failed.
         """
         tensors = {"random_state": torch.get_rng_state()}
         if self.accelerator.device.type == "cuda":
@@ -193,21 +228,32 @@ class Trainer:
             for index, x in enumerate(state.tensors() if state is not None else []):
                 tensors[f"state/{part}/{index}"] = x
         self.require_finite([*self.bare_model.state_dict().values(), *tensors.values()])
-        step = self.progress.step
-        folder = checkpoint.save_checkpoint(
-            self.out, step, self.bare_model, tensors, self._facts(),
+        step, weights = self.progress.step, self.bare_model.state_dict()
+        if background:
+            weights, tensors = copied(weights), copied(tensors)
+        write = functools.partial(
+            checkpoint.save_checkpoint, self.out, step,
+            checkpoint.Weights(self.bare_model.config, weights), tensors, self._facts(),
             keep=self.config.keep, medium=self.medium,
         )  # fmt: skip
-        self.saved_step = step
-        return folder
+        if background:
+            self.saved_step = step
+            self.saver.start(write)
+        else:
+            write()
+            self.saved_step = step
 
     def _facts(self) -> dict[str, Any]:
+        progress = dataclasses.asdict(self.progress)
+        if self.config.deterministic:
+            progress["seconds"] = 0.0
         return {
             "train": dataclasses.asdict(self.config),
             "data": self.source,
             "fingerprint": self.corpus.fingerprint,
             "lanes": self.lanes.state_dict(),
-            "progress": dataclasses.asdict(self.progress),
+            "progress": progress,
+            "judge": self.judge.state_dict(),
         }
 
     def resume(self, report: Callable[[str], object] = warnings.warn) -> None:
@@ -221,53 +267,25 @@ class Trainer:
                 batches, or its text has changed since.
         """
         folder, tensors, info = checkpoint.load_newest_valid(self.out, report)
-        _require_same(checkpoint.read_config(folder / "config.json"), self.bare_model.config)
+        require_same_model(checkpoint.read_config(folder / "config.json"), self.bare_model.config)
+        require_same_data(folder, info, self.config, self.corpus)
+        checkpoint.load_weights(self.bare_model, folder / "model.safetensors")
         try:
-            self._require_same_data(folder, info)
-            checkpoint.load_weights(self.bare_model, folder / "model.safetensors")
-            self.progress = Progress(**info["progress"])
+            self.progress = read_progress(info)
             if self.progress.step > 0:
-                self._load_optimizer(folder, tensors)
-                self._load_states(tensors)
+                load_optimizer(self.optimizer.optimizer, tensors)
+                rows = self.config.batch_size // self.config.accumulate
+                empty = self.bare_model.init_state(rows)
+                self.states = [*load_states(empty, self.config.accumulate, tensors)]
             self.lanes.load_state_dict(info["lanes"])
+            self.judge.load_state_dict(info.get("judge", {"losses": []}))
             torch.set_rng_state(tensors["random_state"])
             if self.accelerator.device.type == "cuda" and "random_state_cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random_state_cuda"], self.accelerator.device)
-        except (KeyError, TypeError) as error:
-            raise _damaged(folder, error) from error
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise damaged(folder, error) from error
         self.saved_step = self.progress.step
         checkpoint.set_aside_after(folder)
-
-    def _require_same_data(self, folder: Path, info: dict[str, Any]) -> None:
-        if info["fingerprint"] != self.corpus.fingerprint:
-            raise ValueError(
-                f"{folder} was trained on other text than {self.corpus.name} is now; "
-                "give --data as it was, or start a new run with another --out"
-            )
-        for name in ("batch_size", "seq_len", "accumulate"):
-            old, new = info["train"][name], getattr(self.config, name)
-            if old != new:
-                raise ValueError(
-                    f"{folder} has its place in the text and its carried states for {name}={old}, "
-                    f"not {new}; resume without changing it, or start a new run"
-                )
-
-    def _load_optimizer(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        prefix = "optimizer/"
-        mine = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
-        try:
-            load_state_tensors(self.optimizer.optimizer, mine)
-        except ValueError as error:
-            raise _damaged(folder, error) from error
-
-    def _load_states(self, tensors: dict[str, Tensor]) -> None:
-        rows = self.config.batch_size // self.config.accumulate
-        empty = self.bare_model.init_state(rows)
-        device = self.accelerator.device
-        for part in range(self.config.accumulate):
-            names = [f"state/{part}/{index}" for index in range(len(empty.tensors()))]
-            old = [tensors[name].to(device) for name in names]
-            self.states[part] = empty.replace_tensors(old)
 
     def fit(self) -> Progress:
         """Trains to the end, or until Ctrl-C or SIGTERM; logs, validates and saves on the way.
@@ -287,32 +305,82 @@ class Trainer:
         with (
             guard.alone_in(self.out),
             guard.stopped_by_signals(self._stop),
+            repeatable(self.config.deterministic),
             contextlib.closing(RunLog(self.out)) as log,
+            contextlib.closing(self.saver),
         ):
-            while self.share_done() < 1 and not self.stop_requested:
-                began = time.monotonic()
-                log.add(self.step(self.lanes.next_batch()))
+            lookout = Lookout(log.note)
+            heartbeat = Heartbeat(self.out, lambda: self.progress, lookout)
+            with heartbeat.beating():
+                self._train(log, lookout, heartbeat.doing)
+        return self.progress
+
+    def _train(self, log: RunLog, lookout: Lookout, doing: Callable[[str], None]) -> None:
+        while self.share_done() < 1 and not self.stop_requested:
+            began = time.monotonic()
+            try:
+                doing("reading data")
+                batch = self.lanes.next_batch()
+                lookout.look_at_batch(batch)
+                doing("a step")
+                log.add(self.step(batch))
                 if self._due(self.config.log_every):
                     self.require_finite()
                 self.progress.seconds += time.monotonic() - began
-                self._after_step(log)
-            log.write(self.progress, self.share_done())
-            if self.saved_step != self.progress.step:
-                self.save()
-            looked_at = self.newest_look[0] if self.newest_look else None
-            if not self.stop_requested and looked_at != self.progress.step:
-                log.validation(self.progress, self._validate_and_keep_best(log))
-        return self.progress
+                self._after_step(log, lookout, doing)
+            except TrainingDiverged as error:
+                self._recover(error, log)
+        log.write(self.progress, self.share_done())
+        doing("saving")
+        if (failure := self.saver.finish()) is not None:
+            log.note(f"warning: {failure}")
+            self.saved_step = None
+        if self.saved_step != self.progress.step:
+            self.save()
+        looked_at = self.newest_look[0] if self.newest_look else None
+        if not self.stop_requested and looked_at != self.progress.step:
+            doing("validation")
+            log.validation(self.progress, self._validate_and_keep_best(log))
 
-    def _after_step(self, log: RunLog) -> None:
+    def _recover(self, error: TrainingDiverged, log: RunLog) -> None:
+        """Does what ``on_divergence`` says; raises ``error`` if that is to stop, or did not help.
+
+        Batches left out are read all the same, so that the place in the text is where it would be.
+        """
+        policy = self.config.on_divergence
+        if policy == "skip" and error.step_undone and self.judge.may_skip():
+            self.progress.skipped += 1
+            log.note(f"warning: {error.what}; this batch is left out")
+            return
+        newest = checkpoint.newest_checkpoint(self.out)
+        if policy != "roll_back" or newest is None:
+            raise error
+        bad, best, cursor = self.progress.step, self.progress.best_nats, self.lanes.state_dict()
+        self.resume(log.note)
+        if not self.judge.may_roll_back(self.progress.step):
+            raise error
+        self.lanes.load_state_dict(cursor)
+        self.progress.skipped = cursor["cursor"] - self.progress.step
+        self.progress.best_nats = best
+        self.states = [None] * self.config.accumulate
+        self.newest_look = None
+        log.forget()
+        log.note(
+            f"warning: {error.what}; back from step {bad} to {self.progress.step}, and on behind "
+            "what was read"
+        )
+
+    def _after_step(self, log: RunLog, lookout: Lookout, doing: Callable[[str], None]) -> None:
         if self._due(self.config.log_every):
-            log.write(self.progress, self.share_done())
+            lookout.look_at(log.write(self.progress, self.share_done()))
         if self._due(self.config.eval_every):
             self.require_finite()
+            doing("validation")
             log.validation(self.progress, self._validate_and_keep_best(log))
         if self._due(self.config.save_every) and self.share_done() < 1:
+            doing("saving")
             try:
-                self.save()
+                self.save(self.config.background_saves)
             except OSError as error:
                 log.note(f"warning: {error}; training goes on")
 
@@ -360,23 +428,3 @@ def _optimizer(model: LM, config: TrainConfig) -> torch.optim.Optimizer:
         betas=(config.beta1, config.beta2), eps=config.adam_epsilon,
         weight_decay=config.weight_decay, official_decay=config.fixed_decay,
     )  # fmt: skip
-
-
-def _damaged(folder: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{folder / 'trainer.json'} and trainer.safetensors are damaged or of another "
-        f"version: {error}; move {folder} away to resume from the checkpoint before it"
-    )
-
-
-def _require_same(saved: LMConfig, wanted: LMConfig) -> None:
-    differ = [
-        f"{f.name} is {getattr(saved, f.name)!r} there and {getattr(wanted, f.name)!r} here"
-        for f in dataclasses.fields(LMConfig)
-        if getattr(saved, f.name) != getattr(wanted, f.name)
-    ]
-    if differ:
-        raise ValueError(
-            f"the checkpoint is of another model: {'; '.join(differ)}. Resume without overriding "
-            "the model, or start a new run with another --out"
-        )

@@ -1,0 +1,160 @@
+"""Long runs, watched: does memory stay flat, and the number of files and threads the same?
+
+    python tests/soak.py train --minutes 120 --run RUN
+    python tests/soak.py generate --tokens 100000
+
+Prints a line now and then, and at last one JSON object with the verdict; exit code 1: not flat.
+Linux only, as it reads /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ALLOWED = 0.02
+"""How far apart the least and the most memory may be, once warm."""
+
+WARM_UP = 0.1
+"""The share of a run that is left out: the first of everything is allocated there."""
+
+
+class Reading(NamedTuple):
+    """What a process holds at a moment."""
+
+    seconds: float
+    rss: int
+    """Resident memory in bytes."""
+    files: int
+    threads: int
+
+
+def read(seconds: float, pid: int | str = "self") -> Reading:
+    """What a process holds now."""
+    folder = Path("/proc") / str(pid)
+    fields = dict(
+        line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line
+    )
+    files = len(os.listdir(folder / "fd")) - (pid == "self")  # not the listing's own
+    return Reading(seconds, int(fields["VmRSS"].split()[0]) * 1024, files, int(fields["Threads"]))
+
+
+def verdict(readings: list[Reading]) -> dict[str, Any]:
+    """Whether what was read after the warm-up is flat, and the figures.
+
+    Raises:
+        ValueError: too few readings to tell.
+    """
+    end = readings[-1].seconds if readings else 0.0
+    warm = [x for x in readings if x.seconds >= WARM_UP * end]
+    if len(warm) < 10:
+        raise ValueError(f"{len(warm)} readings after the warm-up, but 10 are wanted; run longer")
+    rss = [x.rss for x in warm]
+    quarter = max(1, len(rss) // 4)
+    early, late = statistics.median(rss[:quarter]), statistics.median(rss[-quarter:])
+    spread = max(rss) / min(rss) - 1
+    files, threads = sorted({x.files for x in warm}), sorted({x.threads for x in warm})
+    return {
+        "flat": spread <= ALLOWED and len(files) == len(threads) == 1,
+        "minutes": round(end / 60, 1),
+        "readings": len(warm),
+        "megabytes": [round(min(rss) / 2**20, 1), round(max(rss) / 2**20, 1)],
+        "spread": round(spread, 4),
+        "growth": round(late / early - 1, 4),
+        "files": files,
+        "threads": threads,
+    }
+
+
+class Watch:
+    """Takes readings, ``every`` so many seconds, wherever it is called."""
+
+    def __init__(self, every: float, pid: int | str = "self") -> None:
+        self.every, self.pid, self.began = every, pid, time.monotonic()
+        self.readings: list[Reading] = []
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def __call__(self, note: Callable[[], str] = str) -> None:
+        seconds = self.seconds
+        if self.readings and seconds < self.readings[-1].seconds + self.every:
+            return
+        self.readings.append(read(seconds, self.pid))
+        if len(self.readings) % 10 == 1:
+            print(json.dumps({**self.readings[-1]._asdict(), "note": note()}), flush=True)
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """A small training that logs, looks at the validation split and saves all the time."""
+    from vqlm import presets
+    from vqlm.data import load_corpus
+    from vqlm.train import Trainer
+
+    model, config = presets.get("mini")
+    model = dataclasses.replace(model, n_layer=2, d_model=128, n_code=64, d_ff=256)
+    config = dataclasses.replace(
+        config, steps=10**9, batch_size=4, seq_len=256, context_len=2048, log_every=10,
+        eval_every=50, save_every=25, eval_bytes=16_384,
+    )  # fmt: skip
+    corpus = load_corpus(args.data)
+    trainer = Trainer(model, config, corpus, None, args.run)
+    watch, step = Watch(args.every), trainer.step
+
+    def watched(batch: Any) -> Any:
+        sums = step(batch)
+        watch(lambda: f"step {trainer.progress.step}")
+        trainer.stop_requested = watch.seconds > 60 * args.minutes
+        return sums
+
+    trainer.step = watched  # type: ignore[method-assign]
+    trainer.fit()
+    return {"steps": trainer.progress.step, **verdict(watch.readings)}
+
+
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    """One text of many tokens, its end symbol ignored."""
+    import torch
+
+    from vqlm import presets
+    from vqlm.checkpoint import load_model
+    from vqlm.model import LM
+
+    torch.manual_seed(0)
+    model = load_model(args.run) if args.run else LM(presets.get("mini")[0]).eval()
+    watch = Watch(args.every)
+    generator = torch.Generator().manual_seed(0)
+    stream = model.stream(torch.tensor([[0]]), args.tokens, generator=generator)
+    made = 0
+    for made, _ in enumerate(stream, 1):
+        watch(lambda: f"{made} tokens")  # noqa: B023  (called at once)
+    return {"tokens": made, **verdict(watch.readings)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("what", choices=("train", "generate"))
+    parser.add_argument("--minutes", type=float, default=120, help="train: how long")
+    parser.add_argument("--tokens", type=int, default=100_000, help="generate: how many")
+    parser.add_argument("--run", type=Path, help="run folder: train's to write, generate's to read")
+    parser.add_argument("--data", type=Path, help="text; default: Python's own library")
+    parser.add_argument("--every", type=float, default=5, help="seconds between readings")
+    args = parser.parse_args()
+    if args.what == "train" and args.run is None:
+        parser.error("train wants a new --run folder")
+    result = {"train": train, "generate": generate}[args.what](args)
+    print(json.dumps({"soak": args.what, **result}))
+    return 0 if result["flat"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
