@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "vqlm"
 # of what lies below it, so training is not part of what `import vqlm` loads.
 ROWS = [
     {"kept"},
-    {"reference", "config", "codebook", "segments", "vocabulary", "compressors", "sampling"},
+    {"reference", "config", "codebook", "vocabulary", "compressors", "sampling"},
+    {"sequence_parallel"},
+    {"segments"},
     {"figures", "settings", "precision", "sealed", "timing"},
     {"layers", "data", "vq_schedule", "chunks", "dictionary", "bench_limit", "bench_plot"},
     {"flops"},
@@ -30,6 +32,7 @@ ROWS = [
     {"charts", "patching", "watch", "resume"},
     {"patched_files"},
     {"__init__"},
+    {"processes"},
     {"train", "environment", "play", "report", "hf", "adapt", "bench_attention", "bench_peers"},
     {"presets", "bench_model"},
     {"bench_official", "bench_decode"},
@@ -47,7 +50,7 @@ ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 ONLY_FROM = {"layers": {"config", "segments", "kept"}, "data": {"vocabulary"}}
 ONLY_INTO = {
     "reference": {"bench_attention"},
-    "accelerate": {"train"},
+    "accelerate": {"processes"},
     "matplotlib": {"bench_plot", "ablate", "figures"},
     "jinja2": {"report"},
     "starlette": {"play"},
@@ -146,7 +149,7 @@ def test_a_planted_offence_is_caught(module: str, source: str) -> None:
         ("layers", "from vqlm.config import LMConfig\nfrom . import segments"),
         ("bench_attention", "from vqlm import reference"),
         ("bench_plot", "def f():\n    import matplotlib.pyplot"),
-        ("train", "import accelerate\nfrom vqlm.model import LM"),
+        ("processes", "import accelerate\nfrom vqlm.model import LM"),
         ("cli", "from vqlm import __version__, demo"),
     ],
 )

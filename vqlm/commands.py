@@ -42,15 +42,19 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if args.resume is not None:
         trainer.resume(lambda _: None)  # `_chosen` has told already
     progress = trainer.fit()
+    trainer.processes.leave()
+    args.json &= trainer.processes.is_main
     result: dict[str, Any] = {"run": str(out), "steps": progress.step, "tokens": progress.tokens}
     result["minutes"] = progress.seconds / 60
     if trainer.stop_requested:
-        print(f"\nSaved step {progress.step}. To go on: vqlm train --resume {out}")
+        trainer.processes.say(f"\nSaved step {progress.step}. To go on: vqlm train --resume {out}")
         return {**result, "interrupted": True, "signal": trainer.stop_signal}
     assert trainer.newest_look is not None
     result["validation"] = trainer.newest_look[1].summary()
     bits = result["validation"]["bits_per_byte"]
-    print(f"{out}: step {progress.step}, first of the validation split {bits:.4f} bits per byte")
+    trainer.processes.say(
+        f"{out}: step {progress.step}, first of the validation split {bits:.4f} bits per byte"
+    )
     return result
 
 

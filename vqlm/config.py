@@ -221,6 +221,8 @@ class TrainConfig:
     """Codes used less than this share of the average are moved onto recent keys; 0: never."""
     precision: str = "float32"
     """"bfloat16" runs matrix products in it, under autocast; "auto": where that is faster."""
+    sequence_parallel: int = 1
+    """Processes that each sequence is cut over; as many times fewer share the rows of the batch."""
     checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
     seed: int = 0
@@ -251,7 +253,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = (
             "steps batch_size seq_len accumulate warmup_steps log_every eval_every eval_bytes "
-            "save_every keep learning_rate adam_epsilon final_commitment"
+            "save_every keep learning_rate adam_epsilon final_commitment sequence_parallel"
         )
         for name in positive.split():
             _require(self, name, getattr(self, name) > 0, "positive")
@@ -268,6 +270,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: accumulate={self.accumulate} does not divide "
                 f"batch_size={self.batch_size}; choose a divisor"
+            )
+        if self.seq_len % self.sequence_parallel:
+            raise ValueError(
+                f"TrainConfig: sequence_parallel={self.sequence_parallel} does not divide "
+                f"seq_len={self.seq_len}; choose a divisor"
             )
         if self.context_len is not None and (
             self.context_len < 1 or self.context_len % self.seq_len

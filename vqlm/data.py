@@ -297,12 +297,7 @@ class Lanes:
     [i * seq_len, (i + 1) * seq_len) of each lane, so that a model's state can be carried from one
     batch to the next; past its end a lane begins again.  `starts` is True at the first token of a
     document and at the first token of a lane, whose input is the token before it but whose context
-    is elsewhere.
-
-    Args:
-        batch_size: number of lanes, B.
-        seq_len: tokens of each lane in one batch, T.
-        cursor: number of batches already taken.
+    is elsewhere.  ``cursor``: number of batches already taken.
 
     Raises ValueError when a number is out of range, or when a lane would be shorter than seq_len.
     """
@@ -322,13 +317,18 @@ class Lanes:
         self._split = split
         self._lane_length = n_units // batch_size * unit
         self._lane_starts = np.arange(batch_size)[:, None] * self._lane_length  # [B, 1]
-        self._seq_len = seq_len
+        self._seq_len, self._columns = seq_len, slice(None)
         self.load_state_dict({"cursor": cursor})
+
+    def read_only(self, rows: list[int], columns: slice) -> None:
+        """Batches have these of the lanes, and these of the tokens, from now on (processes.py)."""
+        self._lane_starts, self._columns = self._lane_starts[rows], columns
 
     def next_batch(self) -> Batch:
         """The following batch, [batch_size, seq_len]; moves the cursor by one."""
         begin = self._cursor * self._seq_len
-        in_lane = np.arange(begin, begin + self._seq_len) % self._lane_length  # [T]
+        step = np.arange(begin, begin + self._seq_len)[self._columns]
+        in_lane = step % self._lane_length  # [T]
         index = self._lane_starts + in_lane  # [B, T]
         tokens, offsets = self._split.tokens, self._split.document_offsets
         begins = offsets[np.searchsorted(offsets, index)] == index

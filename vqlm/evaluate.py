@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vqlm.codebook import CodeStats, merge_layers
-from vqlm.data import Split, evaluation_batches
+from vqlm.data import PAD, Batch, Split, evaluation_batches
 from vqlm.model import LM, LMState
 
 
@@ -75,12 +77,16 @@ def evaluate(
     seq_len: int = 512,
     max_bytes: int | None = None,
     context_len: int | None = None,
+    share: slice = slice(None),  # noqa: B008  (immutable)
+    total: Callable[[list[Tensor]], list[Tensor]] = list,
 ) -> Evaluation:
     """Reads ``split`` once, every document from its start with all of its context.
 
     The result does not depend on ``batch_size`` or ``seq_len``, which only cost memory; nor does
     memory grow with the length of the text.  ``max_bytes``: the first documents only.
     ``context_len``: forget everything after so many tokens; None: at document starts alone.
+    ``share``: rows to read, where other processes read the others, in as many calls of the model;
+    ``total``: the sums, tensors on the CPU, over all of them.
 
     Raises:
         ValueError: a size below 1.
@@ -94,7 +100,7 @@ def evaluate(
     model.eval()
     try:
         for batch in batches:
-            batch = batch.to(device)
+            batch = _rows(batch, share, split).to(device)
             # A single document has no padding, and then there is nothing to pack.
             mask = None if batch.mask.all() else batch.mask
             out = model(batch.inputs, state, mask=mask, starts=batch.starts, with_stats=True)
@@ -109,4 +115,27 @@ def evaluate(
             books = merge_layers(books, seen) if books else seen
     finally:
         model.train(was_training)
-    return Evaluation(nats, n_tokens, n_bytes, books, split.n_words if max_bytes is None else None)
+    numbers = torch.tensor([nats, n_tokens, n_bytes], dtype=torch.float64)
+    sums = [x.cpu() for book in books if book is not None for x in book[:-1]]
+    numbers, *sums = total([numbers, *sums])
+    rest = iter(sums)
+    books = tuple(
+        None
+        if book is None
+        else CodeStats._make([*(next(rest) for _ in book[:-1]), book.sample.cpu()])
+        for book in books
+    )
+    n_words = split.n_words if max_bytes is None else None
+    return Evaluation(numbers[0].item(), int(numbers[1]), int(numbers[2]), books, n_words)
+
+
+def _rows(batch: Batch, share: slice, split: Split) -> Batch:
+    """Some rows of a batch; one of padding alone if that are none."""
+    if share == slice(None):
+        return batch
+    inputs, targets, starts, mask = (x[share] for x in batch[:4])
+    if len(inputs) == 0:
+        inputs = targets = torch.full_like(batch.inputs[:1], PAD)
+        starts = mask = torch.zeros_like(batch.mask[:1])
+    n_bytes = int(split.token_bytes[targets[mask].numpy()].sum())
+    return Batch(inputs, targets, starts, mask, n_bytes)

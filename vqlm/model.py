@@ -21,6 +21,7 @@ from vqlm.layers import Norm, Projected, ShortConvolution, SwiGLU, drop, sinusoi
 from vqlm.ovq import OVQAttention, OVQState
 from vqlm.sampling import pick
 from vqlm.segments import Segments
+from vqlm.sequence_parallel import Cut, require_cuttable
 from vqlm.softmax import SoftmaxAttention, SoftmaxState, WindowAttention
 from vqlm.vq import VQAttention, VQAux, VQState
 
@@ -143,6 +144,8 @@ class Layer(nn.Module):
             seeds = [SEEDS_PER_LAYER * seed + i for i in range(SEEDS_PER_LAYER)]
         mixed = self.mixer_norm(x)
         if recent is not None:
+            if segments.cut is not None:
+                recent = segments.cut.newest_before(mixed, recent, 1)
             position = segments.positions(state.length, x.shape[1])
             mixed, recent = self.conv(mixed, recent, position, segments.lengths)
         y, state, aux = self.mixer(mixed, state, segments, with_stats, seeds[0])
@@ -170,6 +173,8 @@ class LM(nn.Module):
         self.config = config
         self.checkpointing = False
         """Whether layers are recomputed in the backward pass instead of kept (training only)."""
+        self.cut: Cut | None = None
+        """Which part of each sequence is here, if they are cut over processes (training only)."""
         self.unused_output_bias: Tensor | None = None
         """Kept by ``convert`` for the way back: the official model has it, and never uses it."""
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -254,10 +259,17 @@ class LM(nn.Module):
                 one long sequence can drop the same ones, as in the paper; None: drawn anew.
 
         Raises:
-            ValueError: no tokens, or a state of another batch size.
+            ValueError: no tokens, a state of another batch size, or parts of sequences that
+                cannot be cut so.
         """
         state = self._checked_state(tokens, state)
         segments = Segments.of(mask, starts, learned)
+        cut = self.cut if self.training else None
+        if cut is not None:
+            require_cuttable(self.config, tokens.shape[1], mask is None)
+            length = segments.length_before(cut, state.length, tokens.shape[1])
+            layers = tuple(layer._replace(length=length) for layer in state.layers)
+            state, segments = LMState(layers, length, state.recent), segments._replace(cut=cut)
         tokens = segments.pack(tokens)
         x = self._embed(tokens, segments.positions(state.length, tokens.shape[1]))
         states, auxes, recent = [], [], []
@@ -277,6 +289,8 @@ class LM(nn.Module):
         length = segments.advance(state.length, tokens.shape[1])
         logits = segments.unpack(self._logits(x))
         after = LMState(tuple(states), length, tuple(recent))
+        if cut is not None:
+            after = after.replace_tensors(cut.of_last(after.tensors()))
         return LMOutput(logits, after, tuple(auxes))
 
     def _layers(self) -> Iterator[Layer]:

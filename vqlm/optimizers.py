@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqlm.config import OPTIMIZERS, SCHEDULES, require_known
+from vqlm.config import OPTIMIZERS, SCHEDULES, TrainConfig, require_known
 
 FACTOR_FROM = 128
 """Adafactor factors a second moment only if its two largest dimensions are both at least this."""
@@ -190,6 +190,19 @@ def _lion(
             "another optimizer"
         ) from error
     return Lion(groups, lr=learning_rate, betas=betas)
+
+
+def configured_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of ``model`` that ``config`` describes.
+
+    Raises:
+        ValueError: as ``make_optimizer``.
+    """
+    return make_optimizer(
+        model.named_parameters(), name=config.optimizer, learning_rate=config.learning_rate,
+        betas=(config.beta1, config.beta2), eps=config.adam_epsilon,
+        weight_decay=config.weight_decay, official_decay=config.fixed_decay,
+    )  # fmt: skip
 
 
 @torch.no_grad()

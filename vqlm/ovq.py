@@ -171,10 +171,14 @@ class OVQAttention(nn.Module):
         query, key, value, gate = self.project(x)
         # Scores, dictionary and assignments stay in float32 under autocast.
         with torch.autocast(x.device.type, enabled=False):
-            dtype = state.key_sum.dtype
+            dtype, cut = state.key_sum.dtype, segments.cut
+            if cut is not None:
+                state = OVQState(*cut.take(state, value))
             heads, state = ovq_attention(
                 F.normalize(query.to(dtype), dim=-1), F.normalize(key.to(dtype), dim=-1),
                 value, self.beta(dtype), state, segments, self.rules,
             )  # fmt: skip
+            if cut is not None:
+                heads = cut.hand_on(heads, state)
         joined = rearrange(heads, "b h t v -> b t (h v)").to(x.dtype)
         return self.output(joined if gate is None else joined * gate), state, None

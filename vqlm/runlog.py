@@ -138,6 +138,32 @@ class RunLog:
             self.note(f"warning: cannot write the log ({error.strerror}); training goes on")
 
 
+class NoLog(RunLog):
+    """The log of a process that keeps none, because another one does."""
+
+    def __init__(self) -> None:
+        pass
+
+    def add(self, sums: StepSums) -> None:
+        """Nothing."""
+
+    def forget(self) -> None:
+        """Nothing."""
+
+    def write(self, progress: Progress, share: float) -> dict[str, float]:
+        """Nothing; returns no numbers."""
+        return {}
+
+    def validation(self, progress: Progress, result: Evaluation) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _codebook_numbers(prefix: str, books: Sequence[CodeStats | None]) -> dict[str, float]:
     """Code use (perplexity), dead codes and error of each layer; code use of each head as well."""
     numbers: dict[str, float] = {}

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from vqlm.sequence_parallel import Cut
+
 
 class Segments(NamedTuple):
     """Where the real tokens of a packed batch are, and where their documents begin."""
@@ -27,6 +29,9 @@ class Segments(NamedTuple):
     """The mask as it was given, True at real tokens."""
     learned: Bool[Tensor, "B T"] | None = None
     """True at tokens that codebooks learn from, in packed order; None: all real ones."""
+    cut: Cut | None = None
+    """Where the rest of these sequences is, if they are parts of longer ones; None: they are not.
+    States that a mixer gets then are of before the first part, but for their lengths."""
 
     @classmethod
     def of(
@@ -50,7 +55,7 @@ class Segments(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether there is neither padding nor, as far as the host knows, a new document."""
-        return self.lengths is None and self.starts is None
+        return self.lengths is None and self.starts is None and self.cut is None
 
     def pack(self, x: Tensor) -> Tensor:
         """Moves the real tokens of ``x`` [B, T, ...] to the left of their rows."""
@@ -107,6 +112,15 @@ class Segments(NamedTuple):
             return length[:, None] + index
         begin = torch.where(self.starts, index, -1).cummax(1).values
         return index - torch.where(begin >= 0, begin, -length[:, None])
+
+    def length_before(self, cut: Cut, length: Int[Tensor, " B"], n_token: int) -> Int[Tensor, " B"]:
+        """Tokens of the current document before this part, of ``n_token`` tokens, of sequences
+        that are ``cut``; ``length``: before the first part."""
+        own = self.advance(torch.zeros_like(length), n_token)
+        goes_on = self.newest_document(len(own), n_token, own.device) == 0
+        if not cut.is_first:
+            return cut.sums_before(own, goes_on)
+        return length + cut.sums_before(own + length * goes_on, goes_on)
 
     def advance(self, length: Int[Tensor, " B"], n_token: int) -> Int[Tensor, " B"]:
         """Tokens of the current document once this call's ``n_token`` have been seen."""

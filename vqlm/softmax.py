@@ -143,6 +143,11 @@ class SoftmaxAttention(nn.Module):
         state = self.init_state(x.shape[0]) if state is None else state
         query, key, value, gate = self.project(x)
         query, key = self.placed(query, key, segments.positions(state.length, x.shape[1]))
+        if segments.cut is not None:
+            state = state._replace(
+                key=segments.cut.newest_before(key, state.key, 2),
+                value=segments.cut.newest_before(value, state.value, 2),
+            )
         heads, state = softmax_attention(
             query, key, value, self.project.bias(seed), state, segments,
             block=self.config.block, window_only=self.window_only,

@@ -16,23 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
 from vqlm import checkpoint, guard
-from vqlm.codebook import merge_layers
+from vqlm.codebook import CodeStats, merge_layers
 from vqlm.config import LMConfig, TrainConfig
 from vqlm.data import Batch, Corpus, Lanes
 from vqlm.evaluate import Evaluation, evaluate
 from vqlm.model import LM, LMState
 from vqlm.optimizers import (
-    make_optimizer,
+    configured_optimizer,
     schedule,
     share_after_warmup,
-    state_tensors,
 )
-from vqlm.precision import fastest, repeatable
+from vqlm.precision import repeatable
+from vqlm.processes import Processes, launch
 from vqlm.resume import (
     damaged,
     load_optimizer,
@@ -41,20 +39,10 @@ from vqlm.resume import (
     require_same_data,
     require_same_model,
 )
-from vqlm.runlog import Progress, RunLog, StepSums
+from vqlm.runlog import NoLog, Progress, RunLog, StepSums
 from vqlm.saver import Saver, copied
-from vqlm.watch import Heartbeat, Judge, Lookout
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss, the gradient or the model is no longer finite, or the loss is a spike.
-
-    ``what`` has happened; ``step_undone``: in a step that was not made, all is as it was before.
-    """
-
-    def __init__(self, what: str, advice: str, step_undone: bool) -> None:
-        super().__init__(f"{what}; {advice}")
-        self.what, self.step_undone = what, step_undone
+from vqlm.sequence_parallel import require_cuttable
+from vqlm.watch import Heartbeat, Judge, Lookout, TrainingDiverged
 
 
 class Trainer:
@@ -69,7 +57,10 @@ class Trainer:
         out: Path,
     ) -> None:  # fmt: skip
         self.config, self.corpus, self.source, self.out = config, corpus, source, out
-        self.accelerator = _accelerator(config.precision)
+        self.accelerator = launch(config.precision)
+        self.processes = Processes(self.accelerator, config)
+        if self.processes.cut is not None:
+            require_cuttable(model_config, config.seq_len // config.sequence_parallel)
         if "softmax" in model_config.mixers and config.context_len is None:
             raise ValueError(
                 "a softmax mixer remembers every token, so its state would grow without end; "
@@ -83,9 +74,13 @@ class Trainer:
         self.medium = checkpoint.Medium.of(corpus)
         torch.manual_seed(config.seed)
         self.lanes = Lanes(corpus.train, config.batch_size, config.seq_len)
+        self.processes.take_lanes(self.lanes)
         model = LM(model_config)
-        model.checkpointing = config.checkpointing
-        self.model, self.optimizer = self.accelerator.prepare(model, _optimizer(model, config))
+        model.checkpointing, model.cut = config.checkpointing, self.processes.cut
+        self.model, self.optimizer = self.accelerator.prepare(
+            model, configured_optimizer(model, config)
+        )
+        self.processes.scatter_seeds()
         self.states: list[LMState | None] = [None] * config.accumulate
         self.progress = Progress()
         self.saved_step: int | None = None
@@ -142,29 +137,25 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = batch.to(self.accelerator.device)
-        n_token = batch.targets.numel()
         sequence, within = self._place_in_sequence()
         states_before = list(self.states)
         if within == 0:
             self.states = [None] * self.config.accumulate
         nats, stats = self.health.new_zeros(()), None
-        rows = self.config.batch_size // self.config.accumulate
         for part in range(self.config.accumulate):
-            cut = slice(part * rows, (part + 1) * rows)
-            seed = None if sequence is None else self._dropout_seed(sequence, part)
-            out = self.model(
-                batch.inputs[cut], self.states[part], starts=batch.starts[cut], dropout_seed=seed
-            )
-            self.states[part] = out.state.detach()
-            loss, part_nats = out.objective(batch.targets[cut], weight, n_token=n_token)
+            # Processes put their gradients together in the last part.
+            waits = part < self.config.accumulate - 1
+            with self.accelerator.no_sync(self.model) if waits else contextlib.nullcontext():
+                part_nats, part_stats = self._part(batch, part, sequence, weight)
             nats = nats + part_nats
-            self.accelerator.backward(loss)
-            stats = out.stats() if stats is None else merge_layers(stats, out.stats())
+            stats = part_stats if stats is None else merge_layers(stats, part_stats)
+        assert stats is not None
+        nats, stats = self.processes.sum_step(nats, stats)
         largest = math.inf if self.config.clip_norm is None else self.config.clip_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
-        assert norm is not None and stats is not None
+        assert norm is not None
         if self.judge.at_every_step:
-            wrong = self.judge.verdict(nats.item() / n_token, norm.item())
+            wrong = self.judge.verdict(nats.item() / self.n_token, norm.item())
             if wrong is not None:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.states = states_before
@@ -178,8 +169,32 @@ class Trainer:
         # without waiting for the device at every step.
         self.health = self.health + 0 * (nats + norm)
         self.progress.step += 1
-        self.progress.tokens += n_token
-        return StepSums(nats, norm, batch.n_bytes, rate, stats)
+        self.progress.tokens += self.n_token
+        (n_bytes,) = self.processes.total([torch.tensor(batch.n_bytes)])
+        return StepSums(nats, norm, int(n_bytes), rate, stats)
+
+    @property
+    def n_token(self) -> int:
+        """Tokens of a step, over all processes."""
+        return self.config.batch_size * self.config.seq_len
+
+    def _part(
+        self, batch: Batch, part: int, sequence: int | None, weight: float
+    ) -> tuple[Tensor, tuple[CodeStats | None, ...]]:
+        """Forward and backward pass over this process's rows of one part of the batch."""
+        rows = self.processes.rows
+        cut = slice(part * rows, (part + 1) * rows)
+        if sequence is None and self.processes.cut is not None:
+            sequence = self.progress.step  # parts of a sequence drop the same layers
+        seed = None if sequence is None else self._dropout_seed(sequence, part)
+        out = self.model(
+            batch.inputs[cut], self.states[part], starts=batch.starts[cut], dropout_seed=seed
+        )
+        self.states[part] = out.state.detach()
+        loss, nats = out.objective(batch.targets[cut], weight, n_token=self.n_token)
+        # Gradients of several processes are averaged, and are to be summed.
+        self.accelerator.backward(loss * self.processes.count)
+        return nats, out.stats()
 
     def _place_in_sequence(self) -> tuple[int | None, int | None]:
         """Number of the sequence that the next step reads a part of, and where that begins in it;
@@ -192,12 +207,14 @@ class Trainer:
     def _dropout_seed(self, sequence: int, part: int) -> int:
         """All steps over one sequence drop the same layers and sinusoids (the paper, section 5 of
         its training); a prime apart, so that runs with other seeds share nothing for long."""
-        return (self.config.seed * 1_000_003 + sequence) * self.config.accumulate + part
+        seed = (self.config.seed * 1_000_003 + sequence) * self.config.accumulate + part
+        return seed * self.processes.data_count + self.processes.data_rank
 
     def require_finite(self, tensors: Iterable[Tensor] = ()) -> None:
         """Raises ``TrainingDiverged`` if any step so far had a loss or gradient not finite, or if
         one of ``tensors`` is not; waits for the device."""
-        if all(bool(torch.isfinite(x).all()) for x in (self.health, *tensors)):
+        bad = any(not bool(torch.isfinite(x).all()) for x in (self.health, *tensors))
+        if not self.processes.largest([bad])[0]:
             return
         raise self._diverged(f"loss, gradient or model is not finite by step {self.progress.step}")
 
@@ -219,17 +236,10 @@ class Trainer:
             OSError: the disk is full, say; older checkpoints stay valid.  In the background it is
                 the save before that has failed.
         """
-        tensors = {"random_state": torch.get_rng_state()}
-        if self.accelerator.device.type == "cuda":
-            tensors["random_state_cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
-        moments = state_tensors(self.optimizer.optimizer)
-        tensors |= {f"optimizer/{name}": x for name, x in moments.items()}
-        for part, state in enumerate(self.states):
-            for index, x in enumerate(state.tensors() if state is not None else []):
-                tensors[f"state/{part}/{index}"] = x
+        tensors = self.processes.tensors_of_all(self.optimizer.optimizer, self.states)
         self.require_finite([*self.bare_model.state_dict().values(), *tensors.values()])
         step, weights = self.progress.step, self.bare_model.state_dict()
-        if background:
+        if background and self.processes.is_main:
             weights, tensors = copied(weights), copied(tensors)
         write = functools.partial(
             checkpoint.save_checkpoint, self.out, step,
@@ -238,9 +248,9 @@ class Trainer:
         )  # fmt: skip
         if background:
             self.saved_step = step
-            self.saver.start(write)
+            self.processes.on_main(lambda: self.saver.start(write))
         else:
-            write()
+            self.processes.on_main(write)
             self.saved_step = step
 
     def _facts(self) -> dict[str, Any]:
@@ -274,18 +284,17 @@ class Trainer:
             self.progress = read_progress(info)
             if self.progress.step > 0:
                 load_optimizer(self.optimizer.optimizer, tensors)
-                rows = self.config.batch_size // self.config.accumulate
-                empty = self.bare_model.init_state(rows)
-                self.states = [*load_states(empty, self.config.accumulate, tensors)]
+                empty = self.bare_model.init_state(self.processes.rows)
+                own = {name: self.processes.own_rows(name, x) for name, x in tensors.items()}
+                self.states = [*load_states(empty, self.config.accumulate, own)]
             self.lanes.load_state_dict(info["lanes"])
             self.judge.load_state_dict(info.get("judge", {"losses": []}))
-            torch.set_rng_state(tensors["random_state"])
-            if self.accelerator.device.type == "cuda" and "random_state_cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["random_state_cuda"], self.accelerator.device)
+            self.processes.load_random_states(tensors, self.progress.step)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise damaged(folder, error) from error
         self.saved_step = self.progress.step
-        checkpoint.set_aside_after(folder)
+        self.processes.require_same("the step of the newest checkpoint", self.progress.step)
+        self.processes.on_main(lambda: checkpoint.set_aside_after(folder))
 
     def fit(self) -> Progress:
         """Trains to the end, or until Ctrl-C or SIGTERM; logs, validates and saves on the way.
@@ -301,22 +310,25 @@ class Trainer:
             self.bare_model.initialize_codebooks_(
                 batch.inputs, self.config.seed, starts=batch.starts
             )
+            self.processes.copy_codebooks(self.bare_model)
         self.model.train()
+        is_main = self.processes.is_main
         with (
-            guard.alone_in(self.out),
+            self.processes.held_by_main(guard.alone_in(self.out)),
             guard.stopped_by_signals(self._stop),
             repeatable(self.config.deterministic),
-            contextlib.closing(RunLog(self.out)) as log,
+            contextlib.closing(RunLog(self.out) if is_main else NoLog()) as log,
             contextlib.closing(self.saver),
         ):
             lookout = Lookout(log.note)
             heartbeat = Heartbeat(self.out, lambda: self.progress, lookout)
-            with heartbeat.beating():
+            with heartbeat.beating() if is_main else contextlib.nullcontext():
                 self._train(log, lookout, heartbeat.doing)
         return self.progress
 
     def _train(self, log: RunLog, lookout: Lookout, doing: Callable[[str], None]) -> None:
-        while self.share_done() < 1 and not self.stop_requested:
+        stops = self._agree()
+        while self.share_done() < 1 and not stops:
             began = time.monotonic()
             try:
                 doing("reading data")
@@ -327,20 +339,29 @@ class Trainer:
                 if self._due(self.config.log_every):
                     self.require_finite()
                 self.progress.seconds += time.monotonic() - began
+                stops = self._agree()
                 self._after_step(log, lookout, doing)
             except TrainingDiverged as error:
                 self._recover(error, log)
         log.write(self.progress, self.share_done())
         doing("saving")
-        if (failure := self.saver.finish()) is not None:
+        if (failure := self.processes.on_main(self.saver.finish)) is not None:
             log.note(f"warning: {failure}")
             self.saved_step = None
         if self.saved_step != self.progress.step:
             self.save()
         looked_at = self.newest_look[0] if self.newest_look else None
-        if not self.stop_requested and looked_at != self.progress.step:
+        if not stops and looked_at != self.progress.step:
             doing("validation")
             log.validation(self.progress, self._validate_and_keep_best(log))
+
+    def _agree(self) -> bool:
+        """Whether to stop, the same everywhere: a signal may reach one process, clocks differ."""
+        asked = [self.progress.seconds, self.stop_requested, self.stop_signal or 0]
+        self.progress.seconds, stops, number = self.processes.largest(asked)
+        if stops:
+            self.stop_requested, self.stop_signal = True, int(number) or None
+        return bool(stops)
 
     def _recover(self, error: TrainingDiverged, log: RunLog) -> None:
         """Does what ``on_divergence`` says; raises ``error`` if that is to stop, or did not help.
@@ -352,7 +373,7 @@ class Trainer:
             self.progress.skipped += 1
             log.note(f"warning: {error.what}; this batch is left out")
             return
-        newest = checkpoint.newest_checkpoint(self.out)
+        newest = self.processes.on_main(lambda: checkpoint.newest_checkpoint(self.out))
         if policy != "roll_back" or newest is None:
             raise error
         bad, best, cursor = self.progress.step, self.progress.best_nats, self.lanes.state_dict()
@@ -394,7 +415,9 @@ class Trainer:
             self.progress.best_nats = nats
             facts = {"step": self.progress.step, **self._facts()}
             try:
-                checkpoint.save_best(self.out, self.bare_model, facts, self.medium)
+                self.processes.on_main(
+                    lambda: checkpoint.save_best(self.out, self.bare_model, facts, self.medium)
+                )
             except OSError as error:
                 log.note(f"warning: {error}; training goes on")
         return result
@@ -405,26 +428,11 @@ class Trainer:
     def validate(self) -> Evaluation:
         """A look at the beginning of the validation split."""
         return evaluate(
-            self.bare_model, self.corpus.validation, seq_len=self.config.seq_len,
-            batch_size=self.config.batch_size, max_bytes=self.config.eval_bytes,
-            context_len=self.config.context_len,
+            self.bare_model, self.corpus.validation, batch_size=self.config.batch_size,
+            seq_len=self.config.seq_len // self.config.sequence_parallel,
+            max_bytes=self.config.eval_bytes, context_len=self.config.context_len,
+            share=self.processes.share, total=self.processes.total,
         )  # fmt: skip
 
     def _stop(self, number: int) -> None:
         self.stop_requested, self.stop_signal = True, number
-
-
-def _accelerator(precision: str) -> Accelerator:
-    if precision == "auto":
-        precision = fastest(PartialState().device.type)
-    # Accelerate refuses a second precision in one process otherwise.
-    AcceleratorState._reset_state()
-    return Accelerator(mixed_precision="bf16" if precision == "bfloat16" else "no")
-
-
-def _optimizer(model: LM, config: TrainConfig) -> torch.optim.Optimizer:
-    return make_optimizer(
-        model.named_parameters(), name=config.optimizer, learning_rate=config.learning_rate,
-        betas=(config.beta1, config.beta2), eps=config.adam_epsilon,
-        weight_decay=config.weight_decay, official_decay=config.fixed_decay,
-    )  # fmt: skip

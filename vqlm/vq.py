@@ -24,13 +24,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vqlm.codebook import Codebook, CodeStats, Quantized
+from vqlm.codebook import Codebook, CodeStats, Quantized, sum_by_code
 from vqlm.config import LMConfig
 from vqlm.layers import AttentionProjections, RelativeBias
 from vqlm.segments import Segments, last_slots
+from vqlm.sequence_parallel import Cut
 from vqlm.vq_kernel import Tensors, attend
 from vqlm.vq_schedule import Schedule
 from vqlm.vq_step import Step, attend_once, file_once
@@ -161,6 +163,48 @@ def _one_token(
     return out, VQState(code, key, value, sums, counts, state.length + 1)
 
 
+def _state_before(
+    cut: Cut,
+    state: VQState,
+    keys: Quantized,
+    value: Float[Tensor, "B G T V"],
+    segments: Segments,
+    cache_grad: bool,
+) -> VQState:
+    """The state at the beginning of this part of a sequence that is cut over processes.
+
+    ``state`` is of before the first part, but has the length of here.
+    """
+    dtype, n_token = state.key.dtype, value.shape[2]
+    window, n_code = state.key.shape[2], state.value_count.shape[2]
+
+    def joined(code: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.cat([code[..., None].to(dtype), key.to(dtype), value.to(dtype)], -1)
+
+    newest = cut.newest_before(
+        joined(keys.code, keys.key, value), joined(state.code, state.key, state.value), 2
+    )
+    key, before = newest.split([1 + state.key.shape[3], value.shape[3]], -1)
+    code, key = key[..., 0].long(), key[..., 1:]
+    sums = torch.cat([state.value_sum, state.value_count[..., None]], -1)
+    if n_code:
+        # What leaves the window in this part and is of the document that its last token is of.
+        leaving = torch.cat([before, value.to(dtype)], 2)[:, :, :n_token]
+        document = segments.joined_documents(state.length, window, n_token)[:, :n_token]
+        last = segments.newest_document(len(value), n_token, value.device)
+        weight = (document == last[:, None])[:, None, :, None].to(dtype)
+        codes = torch.cat([code, keys.code], 2)[:, :, :n_token]
+        filed = sum_by_code(F.pad(leaving, (0, 1), value=1.0) * weight, codes, n_code)
+        goes_on = last == 0
+        if cut.is_first:
+            found = cut.sums_before(filed + sums * goes_on.view(-1, 1, 1, 1), goes_on)
+            sums = found + sums
+        else:
+            sums = cut.sums_before(filed, goes_on)
+    here = VQState(code, key, before, sums[..., :-1], sums[..., -1], state.length)
+    return here if cache_grad else VQState(*(field.detach() for field in here))
+
+
 class VQAttention(nn.Module):
     """VQ-attention with its projections and codebook: ``y, state, aux = mixer(x, state)``.
 
@@ -196,6 +240,10 @@ class VQAttention(nn.Module):
         query, key, value, gate = self.project(x)
         codes = self.codebook.codes()
         keys = self.codebook(key, codes, segments.learnable(x.shape[1], x.device), with_stats)
+        if segments.cut is not None:
+            state = _state_before(
+                segments.cut, state, keys, value, segments, self.config.cache_grad
+            )
         heads, state = vq_attention(
             query, keys, value, codes, self.project.bias(seed), state, segments,
             block=self.config.block, cache_grad=self.config.cache_grad,

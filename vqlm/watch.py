@@ -43,6 +43,17 @@ _REPEATS = 10  # equal batches in a row
 _MAD = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 
 
+class TrainingDiverged(RuntimeError):
+    """The loss, the gradient or the model is no longer finite, or the loss is a spike.
+
+    ``what`` has happened; ``step_undone``: in a step that was not made, all is as it was before.
+    """
+
+    def __init__(self, what: str, advice: str, step_undone: bool) -> None:
+        super().__init__(f"{what}; {advice}")
+        self.what, self.step_undone = what, step_undone
+
+
 class Judge:
     """Tells which steps not to make, and how often that is borne."""
 

@@ -1,0 +1,179 @@
+"""Two processes train as one does at the same global batch: losses, codebooks, evaluation, resume.
+
+``VQLM_LONG=1`` makes the trainings 50 steps long.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_programs
+import ranks
+import tiny
+import torch
+from torch.testing import assert_close
+
+from vqlm import checkpoint
+from vqlm.data import Lanes, load_corpus
+
+STEPS = 50 if os.environ.get("VQLM_LONG") else 6
+CLOSE = dict(atol=1e-12, rtol=1e-12)
+
+OVQ = dict(mixers=("ovq", "window"), n_entry=12, chunk=8, conv_width=3)
+CASES: dict[str, dict[str, Any]] = {
+    "vq": dict(model={}, settings=tiny.ALL_OF_IT | dict(eval_bytes=200)),
+    "plain": dict(model=dict(layer="gau", n_head=1), settings=dict(clip_norm=0.1)),
+    # Documents end at other places in the rows of each process, and so do its states.
+    "softmax": dict(model=dict(mixers=("softmax", "vq")), settings=dict(context_len=64)),
+    "ovq": dict(model=OVQ, settings=dict(optimizer="lion", accumulate=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes") / "texts"
+    tiny.corpus(folder)
+    return folder
+
+
+def told(case: str, texts: Path, out: str, **more: Any) -> dict[str, Any]:
+    """A training for ``rank_programs.train``."""
+    settings = dict(steps=STEPS) | CASES[case]["settings"]
+    return dict(
+        data=str(texts), out=str(texts.parent / out), model=CASES[case]["model"],
+        settings=settings, **more,
+    )  # fmt: skip
+
+
+def alone(one: dict[str, Any]) -> dict[str, Any]:
+    """The training in this process."""
+    try:
+        return rank_programs.train(one)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def one(texts: Path) -> dict[str, Any]:
+    """Trainings in one process; "cut" stops after two steps."""
+    done = {case: alone(told(case, texts, f"one-{case}")) for case in CASES}
+    return done | {"cut": alone(told("vq", texts, "cut", stop_after=2))}
+
+
+@pytest.fixture(scope="module")
+def two(texts: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same in two processes, which also take up "cut" and stop after the fourth step."""
+    trainings = {case: told(case, texts, f"two-{case}") for case in CASES}
+    trainings["cut"] = told("vq", texts, "cut", resume=True, stop_after=4)
+    stop = dict(data=str(texts), out=str(texts.parent / "stopped"))
+    argument = dict(trainings=trainings, stop=stop)
+    return ranks.run("rank_programs:many", 2, texts.parent / "two", argument)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case: str, one: Any, two: Any) -> None:
+    for rank, found in enumerate(two):
+        got, want = found[case], one[case]
+        assert got["rank"] == rank
+        assert got["n_bytes"] == want["n_bytes"]
+        assert_close(got["losses"], want["losses"], **CLOSE)
+        assert_close(got["norms"], want["norms"], **CLOSE)
+        assert_close(got["model"], want["model"], **CLOSE)
+        for name, value in want["evaluation"].items():
+            close = None if value is None else pytest.approx(value, rel=1e-12)
+            assert got["evaluation"][name] == close, name
+    books = [name for name in one[case]["model"] if name.endswith("key_count")]
+    assert (case == "ovq") or books  # the codebooks are among what was compared
+
+
+def test_dead_codes_are_revived_from_the_samples_of_all(one: Any, two: Any) -> None:
+    samples = one["vq"]["samples"]
+    assert samples and samples[0].shape[1] == tiny.TRAIN.batch_size * 16
+    for found in two:
+        assert_close(found["vq"]["samples"], samples, **CLOSE)
+
+
+def test_a_run_goes_on_with_other_processes(one: Any, two: Any, texts: Path) -> None:
+    losses = [one["cut"]["losses"], two[0]["cut"]["losses"]]
+    assert [len(x) for x in losses] == [2, 2]
+    last = alone(told("vq", texts, "cut", resume=True))
+    assert_close(torch.cat([*losses, last["losses"]]), one["vq"]["losses"], **CLOSE)
+    assert_close(last["model"], one["vq"]["model"], **CLOSE)
+
+
+def test_a_checkpoint_of_two_processes_is_that_of_one(two: Any, texts: Path) -> None:
+    for case in CASES:
+        folders = [texts.parent / f"{count}-{case}" for count in ("one", "two")]
+        newest = [checkpoint.newest_checkpoint(folder) for folder in folders]
+        (want, facts), (got, more) = (checkpoint.load_trainer(x) for x in newest if x)
+        # The second process has random numbers of its own.
+        assert set(got) - set(want) == {"random_state/1"}
+        integers = {name for name, x in want.items() if not x.is_floating_point()}
+        for name in want.keys() - {"random_state"}:
+            assert_close(got[name], want[name], **CLOSE, msg=name)
+        assert integers and facts["progress"]["tokens"] == more["progress"]["tokens"]
+        assert not torch.equal(got["random_state"], got["random_state/1"])
+
+
+def test_all_hear_what_came_of_it_in_the_main_process(two: Any) -> None:
+    for rank, found in enumerate(two):
+        heard = found["talk"]
+        assert heard["given"] == "from 0"
+        assert heard["error"] == "[Errno 28] no space left: 'there'"
+        assert heard["largest"] == [1, 0]
+        assert f"is {42 + rank} in process {rank}, and from 42 to 43" in heard["differs"]
+
+
+def test_a_signal_to_one_process_stops_all(two: Any) -> None:
+    for found in two:
+        assert found["stop"] == {"step": 2, "signal": 15}
+
+
+def test_an_error_in_one_process_ends_all(texts: Path) -> None:
+    argument = json.dumps(dict(data=str(texts), out=str(texts.parent / "failed")))
+    folder = texts.parent / "failing"
+    command = [sys.executable, str(ranks.HERE / "ranks.py"), "rank_programs:fail", str(folder)]
+    codes = ranks.wait(ranks.start([*command, argument], 2, folder), 100)
+    assert all(code not in (0, -9) for code in codes)
+    assert "a cable is out" in (folder / "1.log").read_text()
+
+
+def test_torchrun_trains_and_speaks_once(texts: Path) -> None:
+    out, folder = texts.parent / "torchrun", texts.parent / "launcher"
+    model = {k: v for k, v in dataclasses.asdict(tiny.MODEL).items() if isinstance(v, int)}
+    sizes = [f"{k}={v}" for k, v in model.items() if k not in ("vocab_size",)]
+    settings = ["steps=2", "batch_size=4", "seq_len=16", "warmup_steps=1", "eval_bytes=60"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vqlm"]
+    command += ["train", "--data", str(texts), "--out", str(out), "--json", *sizes, *settings]
+    started = ranks.start(command, 1, folder)
+    assert ranks.wait(started) == [0], (folder / "0.log").read_text()
+    lines = (folder / "0.log").read_text().splitlines()
+    (answer,) = (json.loads(line) for line in lines if line.startswith("{"))
+    assert answer["steps"] == 2 and answer["tokens"] == 2 * 4 * 16
+    assert sum("first of the validation split" in line for line in lines) == 1
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    assert checkpoint.load_model(out).config.n_layer == tiny.MODEL.n_layer
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_lanes_of_all_processes_are_those_of_one(parts: int, texts: Path) -> None:
+    split = load_corpus(texts).train
+    whole, rows = Lanes(split, 8, 5), []
+    for rank in range(4):
+        mine = Lanes(split, 8, 5)
+        step = 8 // parts // 4
+        lanes = [p * (8 // parts) + rank * step + i for p in range(parts) for i in range(step)]
+        mine.read_only(lanes, slice(None))
+        rows.append((lanes, mine))
+    for _ in range(20):
+        want, n_bytes = whole.next_batch(), 0
+        for lanes, mine in rows:
+            got = mine.next_batch()
+            for x, y in zip(got[:4], want[:4], strict=True):
+                assert torch.equal(x, y[lanes])
+            n_bytes += got.n_bytes
+        assert n_bytes == want.n_bytes
