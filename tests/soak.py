@@ -104,7 +104,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     model = dataclasses.replace(model, n_layer=2, d_model=128, n_code=64, d_ff=256)
     config = dataclasses.replace(
         config, steps=10**9, batch_size=4, seq_len=256, context_len=2048, log_every=10,
-        eval_every=50, save_every=25, eval_bytes=16_384,
+        eval_every=50, save_every=25, eval_bytes=16_384, background_saves=True,
+        on_divergence="roll_back",
     )  # fmt: skip
     corpus = load_corpus(args.data)
     trainer = Trainer(model, config, corpus, None, args.run)

@@ -22,12 +22,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vqlm import sealed
 from vqlm.config import LMConfig, from_dict
 from vqlm.data import Corpus
 from vqlm.model import LM
+from vqlm.untrusted import (
+    read_json,
+    require_memory,
+    require_no_pickle_instead,
+    require_plain_names,
+    shapes_in,
+)
 from vqlm.vocabulary import BYTES, MODEL_FILE, Vocabulary, load_vocabulary
 
 MODEL_TYPE = "vqlm"
@@ -74,9 +82,9 @@ def load_medium(folder: str | Path) -> Medium:
         ValueError: a damaged file.
     """
     path = Path(folder) / "data.json"
-    if not path.is_file():
+    if not path.exists():
         return Medium()
-    facts = _read_json(path)
+    facts = read_json(path)
     try:
         shape = facts["picture_shape"]
         kind, vocabulary = str(facts["kind"]), str(facts["vocabulary"])
@@ -118,21 +126,25 @@ def load_model(path: str | Path) -> LM:
 
     Raises:
         FileNotFoundError: no such folder, or no model in it.
-        ValueError: files that are damaged or belong to another kind or shape of model.
+        ValueError: files that are damaged or belong to another kind or shape of model, weights
+            that are a pickle, a link that leads out of the folder.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give a run folder (vqlm train --out)")
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     shards = folder / SHARD_INDEX
+    require_no_pickle_instead(folder)
     for file in (config_path, shards if shards.is_file() else weights_path):
         if not file.is_file():
             raise FileNotFoundError(
                 f"{folder} has no {file.name}: not a run folder, or its training stopped before "
                 "the first checkpoint"
             )
-    model = LM(read_config(config_path))
-    load_weights(model, shards if shards.is_file() else weights_path)
+    config, weights = read_config(config_path), shards if shards.is_file() else weights_path
+    require_fits(config, weights)
+    model = LM(config)
+    load_weights(model, weights)
     return model.eval()
 
 
@@ -142,7 +154,7 @@ def read_config(path: Path) -> LMConfig:
     Raises:
         ValueError: not JSON, another model type, or settings that ``LMConfig`` refuses.
     """
-    fields = _read_json(path)
+    fields = read_json(path)
     kind = fields.pop("model_type", None)
     if kind != MODEL_TYPE:
         raise ValueError(f"{path}: model_type is {kind!r}, wanted {MODEL_TYPE!r}")
@@ -161,16 +173,65 @@ def load_weights(model: LM, path: Path) -> None:
     Raises:
         ValueError: a damaged file, or tensors that are missing, left over or of another shape.
     """
-    tensors = _read_shards(path) if path.name == SHARD_INDEX else sealed.unpack(path)[0]
-    wanted = model.state_dict()
-    for name in sorted(wanted.keys() | tensors.keys()):
-        if name not in tensors or name not in wanted:
-            lack = "is missing" if name not in tensors else "has no place in this config's model"
-            raise ValueError(f"{path}: tensor {name!r} {lack}")
-        if tensors[name].shape != wanted[name].shape:
-            got, want = tuple(tensors[name].shape), tuple(wanted[name].shape)
-            raise ValueError(f"{path}: tensor {name!r} has shape {got}, the config wants {want}")
+    files = _weight_files(path)
+    _require_shapes(model, path, files)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= sealed.unpack(file)[0]
     model.load_state_dict(tensors)
+
+
+def require_fits(config: LMConfig, path: Path) -> None:
+    """Nothing, if the tensors in ``path`` (as in ``load_weights``) are those of ``config``.
+
+    Decided from the headers of the files, before a number of the model has been made: settings
+    could ask for any amount of memory.
+
+    Raises:
+        ValueError: they are not; or a state of the model could not be held by this machine.
+    """
+    files = _weight_files(path)
+    n_tensor = sum(len(shapes_in(file)) for file in files)
+    if config.n_layer > n_tensor:
+        raise ValueError(f"{path} has {n_tensor} tensors, the config wants {config.n_layer} layers")
+    try:
+        with torch.device("meta"):
+            model = LM(config)
+            buffers = sum(x.numel() * x.element_size() for x in model.buffers())
+            state_bytes = model.init_state(1).bytes()
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        why = str(error).split("\n")[0]
+        raise ValueError(f"{path}: no model can have this config's sizes: {why}") from error
+    _require_shapes(model, path, files)
+    require_memory(buffers + state_bytes, f"{path.parent}: the state of one text")
+
+
+def _require_shapes(model: LM, path: Path, files: list[Path]) -> None:
+    found = {name: shape for file in files for name, shape in shapes_in(file).items()}
+    wanted = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found or name not in wanted:
+            lack = "is missing" if name not in found else "has no place in this config's model"
+            raise ValueError(f"{path}: tensor {name!r} {lack}")
+        if found[name] != wanted[name]:
+            raise ValueError(
+                f"{path}: tensor {name!r} has shape {found[name]}, the config wants {wanted[name]}"
+            )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """``path``, or all the files that it names if it is an index."""
+    if path.name != SHARD_INDEX:
+        return [path]
+    try:
+        names = set(read_json(path)["weight_map"].values())
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    files = [path.with_name(name) for name in sorted(require_plain_names(names, path))]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{path} is damaged: it names {file.name}, which is not there")
+    return files
 
 
 def save_best(run: Path, model: LM, info: dict[str, Any], medium: Medium) -> None:
@@ -296,12 +357,13 @@ def load_trainer(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     info, path = load_facts(checkpoint), checkpoint / "trainer.safetensors"
     try:
         tensors, facts = sealed.unpack(path)
-        for name, digest in json.loads(facts["files"]).items():
+        digests = json.loads(facts["files"])
+        for name, digest in zip(require_plain_names(digests, path), digests.values(), strict=True):
             if sealed.digest_of_file(checkpoint / name) != digest:
                 raise ValueError(f"{checkpoint / name} is damaged: it is not as it was written")
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename} is missing, so {checkpoint} is damaged") from error
-    except (KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: it does not tell what belongs to it") from error
     return tensors, info
 
@@ -313,7 +375,7 @@ def load_facts(folder: Path) -> dict[str, Any]:
         ValueError: a damaged file.
     """
     path = folder / "trainer.json"
-    info = _read_json(path)
+    info = read_json(path)
     if lacking := [key for key in _TRAINER_KEYS if key not in info]:
         raise ValueError(f"{path} is damaged: it has no {' and no '.join(lacking)}")
     return info
@@ -350,24 +412,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    try:
-        names = sorted({Path(name).name for name in _read_json(index)["weight_map"].values()})
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            tensors |= sealed.unpack(index.with_name(name))[0]
-    except (KeyError, AttributeError, TypeError, FileNotFoundError) as error:
-        raise ValueError(f"{index} or a file that it names is damaged: {error!r}") from error
-    return tensors
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, wanted an object")
-    return content

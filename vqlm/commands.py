@@ -310,7 +310,7 @@ def import_official(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: a checkpoint or settings that fit no official model, or an occupied folder.
     """
-    from vqlm import checkpoint, convert
+    from vqlm import checkpoint, convert, untrusted
     from vqlm.official_files import read_official
     from vqlm.prepared import refuse_occupied
 
@@ -319,9 +319,7 @@ def import_official(args: argparse.Namespace) -> dict[str, Any]:
     settings = convert.infer_settings(params)
     told: dict[str, Any] = {}
     if args.config is not None:
-        told = json.loads(args.config.read_text(encoding="utf-8"))
-        if not isinstance(told, dict):
-            raise ValueError(f"{args.config} holds no JSON object of official settings")
+        told = untrusted.read_json(args.config)
     told |= {name: _value(text) for name, text in setting_pairs(args.what).items()}
     for name, value in settings.items():
         if name in told and told[name] != value:

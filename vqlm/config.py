@@ -381,7 +381,7 @@ def _parse(name: str, text: str, hint: Any) -> Any:
             return text.lower() == "true"
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # too deep for the parser
             continue
         if kind is float and type(value) in (int, float):
             return float(value)

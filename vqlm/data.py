@@ -30,16 +30,16 @@ from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqlm.vocabulary import BYTES, END, N_SPECIAL, PAD, UNKNOWN, VOCAB_SIZE, Vocabulary
+from vqlm.vocabulary import (  # isort: skip
+    BYTES, END, N_SPECIAL, PAD, UNKNOWN, VOCAB_SIZE, Vocabulary, bytes_of,
+)  # fmt: skip
 
 __all__ = [
     "END", "N_SPECIAL", "PAD", "UNKNOWN", "VOCAB_SIZE", "Batch", "Corpus", "Lanes", "Split",
     "decode", "encode", "evaluation_batches", "load_corpus",
 ]  # fmt: skip
 
-_NOT_STDLIB_SOURCE = frozenset(
-    ["site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"]
-)
+_NOT_STDLIB = frozenset("site-packages dist-packages __pycache__ test tests idle_test".split())
 _BINARY_CHECK_BYTES = 8192
 
 _Pieces = Int64[np.ndarray, "_ 2"]  # where in the split's tokens each begins, and its length
@@ -100,7 +100,7 @@ class Split:
         if self.known_bytes is not None:
             return self.known_bytes
         parts = np.split(self.tokens, range(_CHUNK, len(self.tokens), _CHUNK))
-        return sum(int(self.token_bytes[part].sum()) for part in parts)
+        return sum(int(bytes_of(part, self.token_bytes).sum()) for part in parts)
 
     @property
     def token_bytes(self) -> Int64[np.ndarray, " size"]:
@@ -152,7 +152,7 @@ def load_corpus(source: str | Path | None) -> Corpus:
     """
     if source is None:
         root = Path(sysconfig.get_path("stdlib"))
-        return _load_folder(root, f"stdlib-{platform.python_version()}", _NOT_STDLIB_SOURCE, ".py")
+        return _load_folder(root, f"stdlib-{platform.python_version()}", _NOT_STDLIB, ".py")
     path = Path(source).expanduser()
     if path.is_dir():
         return _load_folder(path, path.resolve().name, frozenset(), "")
@@ -285,7 +285,7 @@ def _batch(
     token_bytes: Int64[np.ndarray, " size"],
 ) -> Batch:
     x, y, s = torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(starts)
-    return Batch(x, y, s, mask=y != PAD, n_bytes=int(token_bytes[targets].sum()))
+    return Batch(x, y, s, mask=y != PAD, n_bytes=int(bytes_of(targets, token_bytes).sum()))
 
 
 class Lanes:
@@ -400,7 +400,7 @@ def _tokens_within(split: Split, max_bytes: int) -> int:
     """The largest number of tokens, from the first one, that stand for at most max_bytes."""
     n_left = max_bytes
     for begin in range(0, len(split.tokens), _CHUNK):
-        ends = np.cumsum(split.token_bytes[split.tokens[begin : begin + _CHUNK]])
+        ends = np.cumsum(bytes_of(split.tokens[begin : begin + _CHUNK], split.token_bytes))
         if ends[-1] > n_left:
             return max(1, begin + int(np.searchsorted(ends, n_left, side="right")))
         n_left -= int(ends[-1])

@@ -11,6 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from vqlm.untrusted import require_no_links
+
 LOCK = ".lock"
 """The file in a run folder that a training holds."""
 
@@ -50,8 +52,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Holds the lock of a run folder, which the system takes back when the process ends.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or there is a link in the folder.
     """
+    require_no_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:

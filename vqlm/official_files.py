@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vqlm.untrusted import read_bytes, require_memory
 
 WANTED = (
     "wanted a .npz of flat names, a flax msgpack file, or the folder of one orbax checkpoint (the "
@@ -114,14 +117,34 @@ def _as_value_errors(path: Path, kind: str) -> Iterator[None]:
 def _read_npz(path: Path) -> dict[str, Any]:
     with _as_value_errors(path, "a .npz of arrays"):
         with zipfile.ZipFile(path) as archive:
-            other = [name for name in archive.namelist() if not name.endswith(".npy")]
-        if other:
-            raise ValueError(f"it holds {other[0]!r}")
+            total = sum(_array_bytes(archive, entry) for entry in archive.infolist())
+        require_memory(total, path)
         with np.load(path, allow_pickle=False) as arrays:
             for prefix in _PREFIXES:
                 if names := [name for name in arrays.files if name.startswith(prefix)]:
                     return {name.removeprefix(prefix): arrays[name] for name in names}
             return {name: arrays[name] for name in arrays.files}
+
+
+def _array_bytes(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
+    """Bytes of an array in an archive, if its header and the archive agree about them.
+
+    NumPy would make room for whatever shape the header declares, before it reads on.
+    """
+    if not entry.filename.endswith(".npy"):
+        raise ValueError(f"it holds {entry.filename!r}")
+    with archive.open(entry) as file:
+        major = np.lib.format.read_magic(file)[0]
+        if major not in (1, 2):
+            raise ValueError(f"{entry.filename} has format version {major}, wanted 1 or 2")
+        read = np.lib.format.read_array_header_1_0
+        shape, _, dtype = (read if major == 1 else np.lib.format.read_array_header_2_0)(file)
+        declared = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or declared + file.tell() != entry.file_size:
+            raise ValueError(
+                f"{entry.filename} declares {dtype} {shape}, and has {entry.file_size} bytes"
+            )
+    return declared
 
 
 def _read_msgpack(path: Path, start: bytes) -> dict[str, Any]:
@@ -131,7 +154,7 @@ def _read_msgpack(path: Path, start: bytes) -> dict[str, Any]:
     with _as_value_errors(path, "a flax msgpack file"):
         from flax import serialization
 
-        tree = serialization.msgpack_restore(path.read_bytes())
+        tree = serialization.msgpack_restore(read_bytes(path))
         assert isinstance(tree, dict)
         return tree
 
@@ -145,7 +168,10 @@ def _read_orbax(folder: Path) -> Any:
         import orbax.checkpoint as ocp
 
         with ocp.PyTreeCheckpointer() as checkpointer:
-            depth, wanted = _parameters(_structure(checkpointer, absolute))
+            structure = _structure(checkpointer, absolute)
+            leaves = (getattr(leaf, "shape", ()) or () for leaf in jax.tree.leaves(structure))
+            require_memory(sum(8 * math.prod(shape) for shape in leaves), folder)
+            depth, wanted = _parameters(structure)
             for _ in range(depth):
                 wanted = {"params": wanted}
             # As NumPy arrays: else orbax looks for the devices that wrote the file.

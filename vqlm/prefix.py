@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vqlm import sealed
 from vqlm.model import LM, LMState
+from vqlm.untrusted import shapes_in
 
 FORMAT = "vqlm state 1"
 _CALL = 4096  # tokens read at a time: memory, never the result
@@ -112,13 +113,17 @@ class Prefix(NamedTuple):
         try:
             tensors, _ = sealed.unpack(file)
             last = tensors.pop("last")
-            wanted = model.init_state(len(last))
+            wanted = model.init_state(1)
             found = [tensors.pop(f"state.{i}") for i in range(len(wanted.tensors()))]
         except (ValueError, KeyError) as error:
             raise _damaged(file, error) from error
+        size = model.config.vocab_size
+        if last.dim() != 1 or last.dtype != torch.int64 or not ((0 <= last) & (last < size)).all():
+            raise _damaged(file, f"its last tokens are no ids below {size}")
         for got, want in zip(found, wanted.tensors(), strict=True):
-            if got.shape != want.shape or got.dtype != want.dtype:
-                raise _damaged(file, f"a tensor {tuple(got.shape)}, wanted {tuple(want.shape)}")
+            shape = (len(last), *want.shape[1:])
+            if got.shape != shape or got.dtype != want.dtype:
+                raise _damaged(file, f"a tensor {tuple(got.shape)}, wanted {shape}")
         device = wanted.length.device
         state = wanted.replace_tensors([x.to(device) for x in found])
         return cls(state, last.to(device), int(facts["n_token"]))
@@ -145,12 +150,13 @@ def read_facts(path: str | Path) -> dict[str, Any]:
         ValueError: a damaged file, or one of another kind.
     """
     file = Path(path)
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"{file} is no file; make a state with vqlm state make")
     try:
+        shapes_in(file)  # says what is wrong with a file that is none
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise _damaged(file, error) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
@@ -160,7 +166,7 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     try:
         facts = json.loads(metadata["vqlm"])
         return {"model": str(facts["model"]), "n_token": int(facts["n_token"])}
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(file, error) from error
 
 

@@ -26,6 +26,7 @@ from jaxtyping import UInt16
 from numpy.typing import NDArray
 
 from vqlm.data import Corpus, Split, load_corpus
+from vqlm.untrusted import read_json
 from vqlm.vocabulary import END, MODEL_FILE, Vocabulary, load_vocabulary
 
 MANIFEST = "manifest.json"
@@ -131,10 +132,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, with every field that is used later checked, and all files' sizes."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise _damaged(folder, f"{MANIFEST} is not JSON ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = read_json(path)
+    except ValueError as error:
+        raise _damaged(folder, str(error)) from error
+    if manifest.get("format") != FORMAT:
         raise _damaged(folder, f"{MANIFEST} does not say format {FORMAT!r}")
     if manifest.get("version") != VERSION:
         raise ValueError(
@@ -176,7 +177,7 @@ def _check_splits(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 1 << 62
 
 
 def _is_shape(value: object) -> bool:

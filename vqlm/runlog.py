@@ -116,8 +116,9 @@ class RunLog:
         self.note(f"step {progress.step}  validation {result.bits_per_byte:.3f} bits/byte")
 
     def note(self, text: str) -> None:
-        """Shows a line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        """Shows a line above the bar, if standard error takes one: it may be a file, and full."""
+        with contextlib.suppress(OSError):
+            self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Flushes and closes everything."""

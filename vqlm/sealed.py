@@ -14,6 +14,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, uint8
 
+from vqlm.untrusted import read_bytes, shapes_in
+
 SEAL = "sha256"
 """Where the digest stands in a file's metadata."""
 
@@ -37,14 +39,16 @@ def unpack(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a safetensors file, or one that is not as it was written.
+        ValueError: not a safetensors file, one that is not as it was written, or a link that
+            leads out of its folder.
     """
-    content = path.read_bytes()
+    shapes_in(path)
+    content = read_bytes(path)
     try:
         tensors = safetensors.torch.load(content)
         (length,) = struct.unpack("<Q", content[:8])
         facts = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
-    except (SafetensorError, KeyError, ValueError, struct.error) as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError, struct.error) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     seal = facts.pop(SEAL, None)
     if seal is not None and seal != digest(tensors, facts):
@@ -69,5 +73,6 @@ def digest_of_file(path: Path) -> str:
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: a link that leads out of its folder, a pipe or a device.
     """
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(path)).hexdigest()

@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqlm.config import LMConfig, TrainConfig, override_all, require_known
+from vqlm.untrusted import read_bytes
+
+MOST_BYTES = 1 << 20
+"""Bytes of a file of settings."""
 
 ARGUMENTS = ("preset", "data", "out")
 """Keys of a file that are no settings, but what else a training is asked with."""
@@ -31,8 +35,9 @@ def read_settings(path: Path) -> Settings:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = yaml.safe_load(read_bytes(path, MOST_BYTES).decode("utf-8"))
+    # YAML's own constructors raise ValueError for a date that is none, and others.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{path} is no YAML file of settings: {problem}") from error
     if not isinstance(found, dict):

@@ -300,7 +300,7 @@ class Trainer:
         """Trains to the end, or until Ctrl-C or SIGTERM; logs, validates and saves on the way.
 
         Raises:
-            ValueError: another training holds the run folder.
+            ValueError: another training holds the run folder, or there is a link in it.
             TrainingDiverged: the loss is not finite; the last good checkpoint stays.
             OSError: the last checkpoint could not be written.
         """

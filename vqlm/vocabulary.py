@@ -17,12 +17,15 @@ import numpy as np
 from jaxtyping import Int64, UInt16
 from numpy.typing import NDArray
 
+from vqlm.untrusted import read_bytes
+
 PAD, END, UNKNOWN, N_SPECIAL = 0, 1, 2, 3
 VOCAB_SIZE = N_SPECIAL + 256
 MODEL_FILE = "vocabulary.model"
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside its pieces
 _MAX_LINE_BYTES = 1 << 16
+_MAX_MODEL = 1 << 26  # bytes of a file
 _MAX_KNOWN = 1 << 18  # words whose ids are remembered
 # What a normalizer would change: spaces at the ends and in runs, controls, compatibility forms.
 _PROBE = "  a\t\n\r\n b\0 \ufb01 \uff21 e\u0301 \U0001f600 <s></s><unk> "
@@ -212,7 +215,7 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     if not path.exists():
         return ByteVocabulary()
     try:
-        return SentencePieceVocabulary(path.read_bytes())
+        return SentencePieceVocabulary(read_bytes(path, _MAX_MODEL))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -287,6 +290,21 @@ def _checked(ids: NDArray[np.integer] | Sequence[int], size: int) -> NDArray[np.
             "they come from another vocabulary"
         )
     return array
+
+
+def bytes_of(
+    tokens: NDArray[np.integer], token_bytes: Int64[np.ndarray, " size"]
+) -> NDArray[np.int64]:
+    """How many bytes each token stands for; token files are too large to be checked beforehand.
+
+    Raises ValueError for ids that the vocabulary does not have.
+    """
+    if tokens.size and int(tokens.max()) >= len(token_bytes):
+        raise ValueError(
+            f"a token has id {int(tokens.max())}, but the vocabulary has {len(token_bytes)} ids: "
+            "damaged data, or of another vocabulary; vqlm data verify finds damage"
+        )
+    return token_bytes[tokens]
 
 
 BYTES = ByteVocabulary()
