@@ -16,6 +16,7 @@ from torch import Tensor
 from vqlm.codebook import CodeStats, nearest_code
 from vqlm.data import END, Split
 from vqlm.evaluate import Evaluation, evaluate
+from vqlm.fused import normalised
 from vqlm.model import LM
 
 SIZES = [(50, 1), (1, 1000), (2, 7), (3, 16)]
@@ -107,7 +108,9 @@ def test_code_statistics_count_every_real_token_once(split: Split) -> None:
     book = model.codebooks()[1]
     assert book is not None
     keys: list[Tensor] = []
-    hook = book.register_forward_pre_hook(lambda module, inputs: keys.append(inputs[0]))
+    hook = book.register_forward_pre_hook(
+        lambda module, inputs: keys.append(normalised(inputs[0], inputs[4]))
+    )
     plain_nats(model, documents_of(split))
     hook.remove()
     together = torch.cat(keys, 2)

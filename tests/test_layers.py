@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from vqlm.config import LMConfig
+from vqlm.fused import normalise
 from vqlm.layers import (
     AttentionProjections,
     Norm,
@@ -16,7 +17,6 @@ from vqlm.layers import (
     SwiGLU,
     drop,
     relative_scores,
-    rms,
     rotate,
     sinusoid,
 )
@@ -28,7 +28,7 @@ EXACT = {"atol": 1e-12, "rtol": 1e-12}
 def test_norm_by_hand_with_epsilon_inside_the_root() -> None:
     x = 1e-3 * torch.tensor([3.0, 4.0, 0.0, 0.0]).double()
     want = x / math.sqrt(6.25e-6 + 1e-6)
-    assert_close(rms(x), want, **EXACT)
+    assert_close(normalise(x, 1.0), want, **EXACT)
     norm = Norm(4).double()
     with torch.no_grad():
         norm.gain.copy_(torch.arange(4))
@@ -38,8 +38,8 @@ def test_norm_by_hand_with_epsilon_inside_the_root() -> None:
 
 def test_norm_of_bfloat16_is_computed_in_float32() -> None:
     x = torch.randn(3, 64).bfloat16()
-    assert rms(x).dtype == torch.float32
-    assert torch.equal(rms(x), rms(x.float()))
+    assert normalise(x, 1.0).dtype == torch.float32
+    assert torch.equal(normalise(x, 1.0), normalise(x.float(), 1.0))
 
 
 def test_sinusoid_by_hand() -> None:
@@ -73,16 +73,16 @@ def test_projections_by_hand(layer: str) -> None:
     assert len(weight) == 2 * 3 + 2 * 5 + (4 * 5 if layer == "gau" else 0)
     for g in range(2):
         key, value = weight[3 * g : 3 * g + 3], weight[6 + 5 * g : 11 + 5 * g]
-        assert_close(got.key[:, g], scale * rms(x @ key.T), **EXACT)
+        assert_close(got.key[:, g], normalise(x @ key.T, scale), **EXACT)
         assert_close(got.value[:, g], act(x @ value.T), **EXACT)
     for h in range(4):
         query = project.query.weight[3 * h : 3 * h + 3]
-        assert_close(got.query[:, h], scale * rms(x @ query.T), **EXACT)
+        assert_close(got.query[:, h], normalise(x @ query.T, scale), **EXACT)
     heads = torch.randn(2, 4, 7, 5).double()
     joined = torch.cat(list(heads.unbind(1)), -1)
     if layer == "gau":
-        assert_close(got.gate, act(x @ weight[16:].T), **EXACT)
-        joined = joined * got.gate
+        assert_close(got.gate, x @ weight[16:].T, **EXACT)
+        joined = joined * act(got.gate)
     else:
         assert got.gate is None
     assert_close(project.merge(heads, got.gate), joined @ project.output.weight.T, **EXACT)
@@ -156,3 +156,17 @@ def test_rotated_scores_depend_on_distance_alone() -> None:
     assert_close(score(9, 4), score(1009, 1004), atol=1e-9, rtol=1e-9)
     assert (score(9, 4) - score(9, 5)).abs() > 1e-3
     assert_close(rotate(q, torch.zeros(2, 1).long(), 30.0), q, **EXACT)
+
+
+@pytest.mark.parametrize("how", ["hook", "replaced"])
+def test_an_output_layer_that_was_hooked_or_replaced_is_called(how: str) -> None:
+    """Adapters wrap linear layers; going around them would leave them out without a word."""
+    ff, x = SwiGLU(5, 7), torch.randn(2, 3, 5)
+    want = ff(x)
+    if how == "hook":
+        ff.output.register_forward_hook(lambda _, __, out: 2 * out)
+    else:
+        ff.output = torch.nn.Sequential(ff.output, torch.nn.Linear(5, 5))
+        torch.nn.init.eye_(ff.output[1].weight).mul_(2)
+        torch.nn.init.zeros_(ff.output[1].bias)
+    assert_close(ff(x), 2 * want)

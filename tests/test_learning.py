@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from vqlm.codebook import CodeStats
 from vqlm.config import LMConfig
+from vqlm.fused import normalised
 from vqlm.model import LM, LMOutput
 
 VOCAB = 17
@@ -164,12 +165,13 @@ def test_kmeans_start_goes_through_the_layers_in_order() -> None:
     at_once.initialize_codebooks_(tokens, 5, **context)
     generator = torch.Generator().manual_seed(5)
     for n in (0, 2):
-        seen: list[Tensor] = []
+        seen: list[Any] = []
         book = by_hand.layers[n].mixer.codebook
-        hook = book.register_forward_pre_hook(lambda _, args, seen=seen: seen.extend(args[:3:2]))
+        hook = book.register_forward_pre_hook(lambda _, args, seen=seen: seen.extend(args[::2]))
         by_hand(tokens, **context)
         hook.remove()
-        keys, valid = seen
+        keys, valid, scale = seen
+        keys = normalised(keys, scale)
         book.initialize_(keys.transpose(1, 2)[valid].transpose(0, 1), generator)
     assert_close(dict(at_once.named_buffers()), dict(by_hand.named_buffers()), **EXACT)
     before = at_once.state_dict()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from vqlm.convert import config_from_official, from_official, state_to_official, to_official
+from vqlm.fused import normalised
 from vqlm.model import LM, LMOutput
 from vqlm.sampling import nucleus
 from vqlm.vq import VQAttention
@@ -74,7 +75,7 @@ def test_stream_keys_and_codes_of_every_sublayer(official: Arrays) -> None:
 
     def watch(n: int, mixer: VQAttention) -> None:
         def keep(_: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-            seen[f"k{n}"], seen[f"z{n}"] = inputs[0], output.code
+            seen[f"k{n}"], seen[f"z{n}"] = normalised(inputs[0], inputs[4]), output.code
 
         mixer.codebook.register_forward_hook(keep)
 

@@ -65,12 +65,29 @@ def package_offences(source: str) -> Iterator[str]:
         if not isinstance(node, Function):
             continue
         lines = (node.end_lineno or node.lineno) - node.lineno + 1
+        if shapeless(node):
+            yield f"{node.lineno}: {node.name} takes or gives a Tensor of a shape that it hides"
         if silent(node):
             yield f"{node.lineno}: {node.name} raises, but its docstring does not say what"
         if lines > MAX_FUNCTION_LINES:
             yield f"{node.lineno}: {node.name} has {lines} lines, the most is {MAX_FUNCTION_LINES}"
         if node.name == "__init__" and parameters(node) > MAX_CONSTRUCTOR_PARAMETERS:
             yield f"{node.lineno}: a constructor with {parameters(node)} parameters"
+
+
+def shapeless(function: Function) -> bool:
+    """Whether a public function has a bare ``Tensor``, and no [shape] in its docstring.
+
+    jaxtyping's Float[Tensor, "B T"] says the shape; Float[Tensor, ""] is a number.
+    """
+    a = function.args
+    annotations = [x.annotation for x in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
+    bare = [x and ast.unparse(x) in ("Tensor", "Tensor | None") for x in annotations]
+    returned = function.returns and ast.unparse(function.returns)
+    doc = ast.get_docstring(function)
+    if function.name.startswith("_") or doc is None or "[" in doc:
+        return False
+    return any(bare) or returned in ("Tensor", "tuple[Tensor, Tensor]")
 
 
 def silent(function: Function) -> bool:
@@ -142,6 +159,8 @@ OFFENDERS = {
     "long function": ("vqlm/a.py", DEF + BODY * (MAX_FUNCTION_LINES - 1)),
     "no docstring": ("vqlm/a.py", "def f():\n    pass\n"),
     "raises in silence": ("vqlm/a.py", 'def f():\n    "Words."\n    raise ValueError("no")\n'),
+    "hidden shape": ("vqlm/a.py", 'def f(x: Tensor) -> None:\n    "Words."\n'),
+    "hidden shape of what is given": ("vqlm/a.py", 'def f() -> Tensor:\n    "Words."\n'),
     "class without docstring": ("vqlm/a.py", "class A:\n    pass\n"),
     "constructor": (
         "vqlm/a.py",
@@ -170,6 +189,11 @@ CLEAN = {
     "raises and says so": (
         "vqlm/a.py",
         'def f():\n    "Words.  Raises ValueError."\n    raise ValueError("no")\n',
+    ),
+    "shapes in the docstring": ("vqlm/a.py", 'def f(x: Tensor) -> None:\n    "Of x [B, T]."\n'),
+    "shapes in the annotation": (
+        "vqlm/a.py",
+        "def f(x: Float[Tensor, 'B']) -> Float[Tensor, '']:\n    'Words.'\n",
     ),
     "outside the package": ("tests/a.py", "def f():\n    pass\n"),
     "constructor": (

@@ -21,14 +21,13 @@ from tiny import (
     fit,
     trainer,
 )
-from torch import Tensor
 from torch.testing import assert_close
 
 from vqlm import checkpoint, precision
 from vqlm.config import TrainConfig
 from vqlm.data import Corpus, Lanes, load_corpus
 from vqlm.evaluate import Evaluation
-from vqlm.model import LMOutput
+from vqlm.model import Scored
 from vqlm.train import Trainer
 
 MIXERS: dict[str, dict[str, Any]] = {
@@ -192,13 +191,13 @@ def test_the_commitment_falls_to_its_final_share(
     data: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a constant factor a step, and it is what the objective is given."""
-    weights, objective = [], LMOutput.objective
+    weights, objective = [], Scored.objective
 
-    def noted(out: LMOutput, targets: Tensor, weight: float, **more: Any) -> Any:
+    def noted(out: Scored, weight: float, n_token: int) -> Any:
         weights.append(weight)
-        return objective(out, targets, weight, **more)
+        return objective(out, weight, n_token)
 
-    monkeypatch.setattr(LMOutput, "objective", noted)
+    monkeypatch.setattr(Scored, "objective", noted)
     run = trainer(data, tmp_path / "run", steps=4, commitment=0.1, final_commitment=0.01)
     run.fit()
     assert weights == pytest.approx([0.1 * 0.01 ** (i / 4) for i in range(4)])

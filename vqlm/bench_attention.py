@@ -24,7 +24,8 @@ from vqlm.codebook import Codebook
 from vqlm.config import LMConfig, from_dict, override, require_known
 from vqlm.dictionary import Rules, dictionary_size
 from vqlm.flops import TRAINING, attention_flops
-from vqlm.layers import RelativeBias, rms
+from vqlm.fused import normalised
+from vqlm.layers import RelativeBias
 
 LENGTHS = tuple(512 * 2**i for i in range(7))
 """Default context lengths in tokens, 512 ... 32768."""
@@ -73,7 +74,7 @@ class Inputs:
             return torch.randn(shape, generator=generator, dtype=dtype)
 
         def unit(*shape: int) -> Tensor:
-            return width**-0.25 * rms(normal(*shape))
+            return normalised(normal(*shape), width**-0.25)
 
         book = Codebook(groups, config.n_code, width).to(dtype)
         book.key_sum.copy_(unit(groups, config.n_code, width))

@@ -109,12 +109,12 @@ class Training:
         self.tokens = torch.randint(config.vocab_size, (1, seq_len + 1), generator=generator)
 
     def loss(self, tokens: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """The loss over ``tokens``, and what is to be done after the optimizer's step."""
+        """The loss over ``tokens`` [1, T + 1], and what is to be done after the step."""
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         if isinstance(self.model, LM):
             lm = self.model
-            out = lm(inputs)
-            loss, _ = out.objective(targets, COMMITMENT)
+            out = lm(inputs, targets=targets)
+            loss, _ = out.objective(COMMITMENT, targets.numel())
             return loss, lambda: lm.update_codebooks_(out.stats(), DECAY)
         logits = self.model(inputs, use_cache=False).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), lambda: None

@@ -97,9 +97,9 @@ class Layout(NamedTuple):
 def lay_out(
     segments: Segments, length: Tensor, n_used: Tensor, n_token: int, chunk: int, size: Size
 ) -> Layout:
-    """The layout of a call of ``n_token`` tokens after ``length`` of the document in each row.
+    """The layout of a call of ``n_token`` tokens after ``length`` [B] of the document in each row.
 
-    ``n_used``: entries in use before; ``size``: those wanted after so many tokens.
+    ``n_used`` [B]: entries in use before; ``size``: those wanted after so many tokens.
     """
     starts = segments.starts is not None and bool(segments.starts.any())
     padded = segments.lengths is not None and bool((segments.lengths < n_token).any())

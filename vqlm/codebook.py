@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vqlm.fused import d_normalised, normalised, square_length
 from vqlm.kept import Kept
 
 COUNT_FLOOR = 0.01
@@ -95,12 +96,18 @@ class Quantized(NamedTuple):
 
 
 def nearest_code(
-    keys: Float[Tensor, "B G T K"], codes: Float[Tensor, "G S K"]
+    keys: Float[Tensor, "B G T K"],
+    codes: Float[Tensor, "G S K"],
+    half: Float[Tensor, "G S"] | None = None,
 ) -> Int[Tensor, "B G T"]:
-    """Index of the code nearest in Euclidean distance, in at least float32; the lowest on ties."""
+    """Index of the code nearest in Euclidean distance, in at least float32; the lowest on ties.
+
+    ``half``: what ``half_squares`` says of the codes, if that is known already.
+    """
     with torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
         # |k - c|^2 / 2 = |k|^2 / 2 - k.c + |c|^2 / 2, and the first term is common to all codes.
-        half, keys = codes.square().sum(-1) / 2, keys.to(codes.dtype)
+        half = half_squares(codes) if half is None else half
+        keys = keys.to(codes.dtype)
         if keys.device.type != "cpu":
             return torch.einsum("bgtk,gsk->bgts", keys, codes).sub_(half[:, None]).argmax(-1)
         best = torch.empty(keys.shape[:3], dtype=torch.long)
@@ -111,6 +118,11 @@ def nearest_code(
             ):
                 target.copy_(_lowest_argmax(torch.bmm(part, codes.mT).sub_(half[:, None])))
         return best
+
+
+def half_squares(codes: Float[Tensor, "G S K"]) -> Float[Tensor, "G S"]:
+    """|c|^2 / 2 of each code."""
+    return codes.square().sum(-1) / 2
 
 
 def _lowest_argmax(scores: Float[Tensor, "G n S"]) -> Int[Tensor, "G n"]:
@@ -152,21 +164,30 @@ def sum_by_code(
 
 class _Quantize(torch.autograd.Function):
     """The chosen codes [B, G, T, K], their gradient passed straight through to the keys, and
-    |k - code|^2 [B, G, T], whose gradient is 2 (k - code).  Keeps keys and indices alone."""
+    |k - code|^2 [B, G, T], whose gradient is 2 (k - code).
+
+    Keeps indices, and keys as they came: before they were normalised to ``scale``, if any."""
 
     @staticmethod
-    def forward(ctx: Any, keys: Tensor, codes: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(keys, codes, code)
+    def forward(
+        ctx: Any, came: Tensor, keys: Tensor, codes: Tensor, code: Tensor, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(came, codes, code)
+        ctx.scale = scale
         chosen = look_up(codes, code).to(keys.dtype)
         difference = keys - chosen
-        return chosen, torch.linalg.vecdot(difference, difference)
+        return chosen, square_length(difference)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_chosen: Tensor, d_error: Tensor) -> tuple[Tensor, None, None]:
-        keys, codes, code = ctx.saved_tensors
+    def backward(ctx: Any, d_chosen: Tensor, d_error: Tensor) -> tuple[Tensor | None, ...]:
+        came, codes, code = ctx.saved_tensors
+        keys = came if ctx.scale is None else normalised(came, ctx.scale)
         difference = look_up(codes, code).to(keys.dtype).neg_().add_(keys)
-        return torch.addcmul(d_chosen, difference, d_error[..., None], value=2.0), None, None
+        d_keys = torch.addcmul(d_chosen, difference, d_error[..., None], value=2.0)
+        if ctx.scale is not None:
+            d_keys = d_normalised(came, ctx.scale, d_keys)
+        return d_keys, None, None, None, None
 
 
 class Codebook(nn.Module):
@@ -187,14 +208,20 @@ class Codebook(nn.Module):
             codes = torch.randn(heads, n_code, d_k) / (heads * n_code) ** 0.5
         self.register_buffer("key_sum", codes)
         self.register_buffer("key_count", torch.ones(heads, n_code))
-        self.kept: Kept[Tensor] = Kept()
+        self.kept: Kept[tuple[Tensor, Tensor]] = Kept()
 
     def codes(self) -> Float[Tensor, "G S K"]:
         """The codebook, a constant: no gradient reaches it."""
+        return self._codes() if torch.is_grad_enabled() else self._made()[0]
+
+    def _codes(self) -> Tensor:
+        return self.key_sum / self.key_count.clamp(min=COUNT_FLOOR)[..., None]
+
+    def _made(self) -> tuple[Tensor, Tensor]:
+        """The codes, and their ``half_squares``."""
         return self.kept.get(
-            lambda: self.key_sum / self.key_count.clamp(min=COUNT_FLOOR)[..., None],
-            self.key_sum, self.key_count,
-        )  # fmt: skip
+            lambda: (codes := self._codes(), half_squares(codes)), self.key_sum, self.key_count
+        )
 
     def forward(
         self,
@@ -202,13 +229,20 @@ class Codebook(nn.Module):
         codes: Float[Tensor, "G S K"],
         valid: Bool[Tensor, "#B T"],
         with_stats: bool = True,
+        scale: float | None = None,
     ) -> Quantized:
         """Quantizes ``keys``; ``codes`` is what ``codes()`` returned, ``valid`` the tokens to learn
-        from: others get their code too, but count for neither commitment nor statistics."""
-        code = nearest_code(keys, codes)
-        quantized, error = _Quantize.apply(keys, codes, code)
+        from: others get their code too, but count for neither commitment nor statistics.
+
+        ``scale``: the keys are normalised first (``fused.normalise``), which so costs no memory.
+        """
+        came, keys = keys, keys.detach()
+        keys = keys if scale is None else normalised(keys, scale)
+        half = None if torch.is_grad_enabled() else self._made()[1]
+        code = nearest_code(keys, codes, half)
+        quantized, error = _Quantize.apply(came, keys, codes, code, scale)
         error = error * valid[:, None]
-        stats = self._stats(keys.detach(), code, error.detach(), valid) if with_stats else None
+        stats = self._stats(keys, code, error.detach(), valid) if with_stats else None
         return Quantized(code, quantized, error.sum(), stats)
 
     def _stats(self, keys: Tensor, code: Tensor, error: Tensor, valid: Tensor) -> CodeStats:

@@ -140,7 +140,7 @@ class Read(NamedTuple):
 
 
 def mean_of(total: Float[Tensor, "... N K"], count: Float[Tensor, "... N"]) -> Tensor:
-    """Sums over counts; zeros where nothing is."""
+    """Sums over counts, [..., N, K]; zeros where nothing is."""
     return total * count.clamp(min=1).reciprocal()[..., None]
 
 

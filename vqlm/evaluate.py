@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vqlm.codebook import CodeStats, merge_layers
@@ -103,13 +102,14 @@ def evaluate(
             batch = _rows(batch, share, split).to(device)
             # A single document has no padding, and then there is nothing to pack.
             mask = None if batch.mask.all() else batch.mask
-            out = model(batch.inputs, state, mask=mask, starts=batch.starts, with_stats=True)
+            out = model(
+                batch.inputs, state, mask=mask, starts=batch.starts, with_stats=True,
+                targets=batch.targets,
+            )  # fmt: skip
             state = out.state
-            logits, targets = out.logits[batch.mask], batch.targets[batch.mask]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             # Summed up in Python's float64, which not every device has.
-            nats += F.cross_entropy(logits, targets, reduction="sum").item()
-            n_tokens += len(targets)
+            nats += out.nats.item()
+            n_tokens += int(batch.mask.sum())
             n_bytes += batch.n_bytes
             seen = tuple(s._replace(sample=s.sample[:, :0]) if s else None for s in out.stats())
             books = merge_layers(books, seen) if books else seen

@@ -41,10 +41,10 @@ class StateLayer(CacheLayerMixin, Generic[S]):
         return made
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the first call brings the state."""
+        """Nothing to do, whatever the keys [B, H, T, K]: the first call brings the state."""
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refused: there are no keys and values to append to.
+        """Refused: there are no keys and values [B, H, T, K] to append to.
 
         Raises:
             TypeError: always.
@@ -99,7 +99,7 @@ class StateLayer(CacheLayerMixin, Generic[S]):
         self._rows(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows."""
+        """Keeps the rows ``indices`` [rows]."""
         self._rows(lambda x: x[indices.to(x.device)])
 
     def _rows(self, choose: Callable[[Tensor], Tensor]) -> None:

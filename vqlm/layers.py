@@ -11,12 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vqlm.config import LMConfig
+from vqlm.fused import gated_linear, norm, normalise
 from vqlm.kept import Kept
 from vqlm.segments import last_slots
 
 
 def drop(x: Tensor, probability: float, seed: int | None = None) -> Tensor:
-    """Dropout: elements become 0 with ``probability``, the others grow by 1 / (1 - probability).
+    """Dropout of ``x`` [...]: elements become 0 with ``probability``, the others grow by
+    1 / (1 - probability).
 
     ``seed``: draw from a generator of its own, so that the same seed drops the same elements in
     every call; None: from torch's.
@@ -48,16 +50,11 @@ class Projected(NamedTuple):
     key: Float[Tensor, "B G T K"]
     value: Float[Tensor, "B G T V"]
     gate: Float[Tensor, "B T HV"] | None
-
-
-def rms(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + 1e-6) over the last axis, computed in at least float32."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return F.rms_norm(wide, wide.shape[-1:], eps=1e-6)
+    """Before its SiLU."""
 
 
 class Norm(nn.Module):
-    """Root-mean-square norm with gain and bias: g rms(x) + b."""
+    """Root-mean-square norm with gain and bias: g x / sqrt(mean(x^2) + 1e-6) + b."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -66,7 +63,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Normalises the last axis."""
-        return torch.addcmul(self.bias, rms(x), self.gain)
+        return norm(x, self.gain, self.bias)
 
 
 def sinusoid(
@@ -164,15 +161,19 @@ class AttentionProjections(nn.Module):
         self.scale = k**-0.25
         self.kept: Kept[RelativeBias] = Kept()
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Projected:
-        """Normalised queries and keys, values, and the gate if there is one."""
+    def forward(self, x: Float[Tensor, "B T D"], raw: bool = False) -> Projected:
+        """Normalised queries and keys, values, and the gate if there is one.
+
+        ``raw``: queries and keys before they are normalised, for what does that itself and so
+        need not keep both.
+        """
         key, value, gate = self.key_value_gate(x).split(self.widths, -1)
         query = rearrange(self.query(x), "b t (h k) -> b h t k", k=self.config.d_k)
         key = rearrange(key, "b t (g k) -> b g t k", k=self.config.d_k)
-        if self.config.gated:
-            value, gate = F.silu(value), F.silu(gate)
+        value = F.silu(value) if self.config.gated else value
         value = rearrange(value, "b t (g v) -> b g t v", v=self.config.d_v)
-        query, key = self.scale * rms(query), self.scale * rms(key)
+        if not raw:
+            query, key = normalise(query, self.scale), normalise(key, self.scale)
         return Projected(query, key, value, gate if self.config.gated else None)
 
     def bias(self, seed: int | None = None) -> RelativeBias:
@@ -204,8 +205,22 @@ class AttentionProjections(nn.Module):
 
     def merge(self, heads: Float[Tensor, "B H T V"], gate: Tensor | None) -> Tensor:
         """Joins the heads, applies the gate, projects back to [B, T, D]."""
-        joined = rearrange(heads, "b h t v -> b t (h v)")
-        return self.output(joined if gate is None else joined * gate)
+        return gated_output(self.output, heads, gate)
+
+
+def gated_output(
+    output: nn.Linear, heads: Float[Tensor, "B H T V"], gate: Float[Tensor, "B T HV"] | None
+) -> Float[Tensor, "B T D"]:
+    """Joins the heads, multiplies by silu(gate) if there is a gate, and projects."""
+    joined = rearrange(heads, "b h t v -> b t (h v)")
+    return output(joined) if gate is None else _gated(output, gate, joined)
+
+
+def _gated(output: nn.Linear, gate: Tensor, value: Tensor) -> Tensor:
+    """``gated_linear``; what somebody has put in place of the layer, or hooked to it, is called."""
+    if type(output) is not nn.Linear or output._forward_hooks or output._forward_pre_hooks:
+        return output(F.silu(gate) * value)
+    return gated_linear(gate, value, output.weight)
 
 
 class SwiGLU(nn.Module):
@@ -219,4 +234,4 @@ class SwiGLU(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Position by position."""
         gate, value = self.input(x).chunk(2, -1)
-        return self.output(F.silu(gate) * value)
+        return _gated(self.output, gate, value)

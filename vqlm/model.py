@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,19 @@ from torch.utils.checkpoint import checkpoint
 from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import LMConfig
 from vqlm.flops import model_flops
+from vqlm.fused import normalised
 from vqlm.kept import frozen
 from vqlm.layers import Norm, Projected, ShortConvolution, SwiGLU, drop, sinusoid
-from vqlm.ovq import OVQAttention, OVQState
+from vqlm.loss import IGNORED, summed_cross_entropy
+from vqlm.outputs import LMOutput, LMState, MixerState, Objective, Scored
+from vqlm.ovq import OVQAttention
 from vqlm.sampling import pick
 from vqlm.segments import Segments
 from vqlm.sequence_parallel import Cut, require_cuttable
-from vqlm.softmax import SoftmaxAttention, SoftmaxState, WindowAttention
-from vqlm.vq import VQAttention, VQAux, VQState
+from vqlm.softmax import SoftmaxAttention, WindowAttention
+from vqlm.vq import VQAttention, VQAux
+
+__all__ = ["LM", "MIXERS", "LMOutput", "LMState", "Layer", "MixerState", "Objective", "Scored"]
 
 MIXERS: dict[str, type[VQAttention] | type[SoftmaxAttention] | type[OVQAttention]] = {
     "vq": VQAttention,
@@ -32,88 +37,8 @@ MIXERS: dict[str, type[VQAttention] | type[SoftmaxAttention] | type[OVQAttention
     "ovq": OVQAttention,
 }
 
-MixerState = VQState | SoftmaxState | OVQState
-
 SEEDS_PER_LAYER = 3
 """Dropout masks that a layer draws from seeds: sinusoids, its mixer, its SwiGLU."""
-
-
-class LMState(NamedTuple):
-    """All that the model remembers of a stream."""
-
-    layers: tuple[MixerState, ...]
-    """One state a layer."""
-    length: Int[Tensor, " B"]
-    """Tokens of the current document seen so far."""
-    recent: tuple[Float[Tensor, "B past D"], ...] = ()
-    """Last inputs of the short convolution of each layer; nothing if there are none."""
-
-    def detach(self) -> LMState:
-        """The same values with gradients cut, for truncated back-propagation through time."""
-        layers = tuple(type(s)(*(x.detach() for x in s)) for s in self.layers)
-        return LMState(layers, self.length, tuple(x.detach() for x in self.recent))
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors of the state, in a fixed order."""
-        return [x for state in self.layers for x in state] + [self.length, *self.recent]
-
-    def replace_tensors(self, tensors: list[Tensor]) -> LMState:
-        """A state of this shape holding ``tensors``, in the order of ``tensors()``."""
-        rest = iter(tensors)
-        layers = tuple(type(state)(*(next(rest) for _ in state)) for state in self.layers)
-        return LMState(layers, next(rest), tuple(rest))
-
-    def bytes(self) -> int:
-        """Size in bytes."""
-        return sum(x.numel() * x.element_size() for x in self.tensors())
-
-
-class Objective(NamedTuple):
-    """A training loss and its main part."""
-
-    loss: Float[Tensor, ""]
-    """To be minimised, per token."""
-    nats: Float[Tensor, ""]
-    """Sum of the cross-entropy over the counted tokens; no gradient."""
-
-
-class LMOutput(NamedTuple):
-    """What one call returns."""
-
-    logits: Float[Tensor, "B T N"]
-    """Unnormalised log-probabilities of the next token; zeros at padding."""
-    state: LMState
-    """State after the call."""
-    aux: tuple[VQAux | None, ...]
-    """One a layer; None for mixers without a codebook."""
-
-    def commitment(self) -> Tensor:
-        """Sum over layers, heads and tokens of |k - k_hat|^2; 0 without codebooks."""
-        terms = [aux.commitment for aux in self.aux if aux is not None]
-        return torch.stack(terms).sum() if terms else self.logits.new_zeros(())
-
-    def objective(
-        self,
-        targets: Int[Tensor, "B T"],
-        commitment: float,
-        counted: Bool[Tensor, "B T"] | None = None,
-        n_token: int | None = None,
-    ) -> Objective:
-        """What a training minimises: (cross-entropy + ``commitment`` |k - k_hat|^2) / ``n_token``.
-
-        Sums over the tokens of this call that are ``counted`` (None: all), divided by ``n_token``;
-        None: by all B T of this call, counted or not, as the official implementation does.
-        The commitment term counts the tokens that were ``learned`` in ``LM.forward``.
-        """
-        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
-        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        nats = (each if counted is None else each * counted.flatten()).sum()
-        loss = (nats + commitment * self.commitment()) / (n_token or targets.numel())
-        return Objective(loss, nats.detach())
-
-    def stats(self) -> tuple[CodeStats | None, ...]:
-        """Codebook statistics, one a layer; None where there is no codebook or none asked for."""
-        return tuple(None if aux is None else aux.stats for aux in self.aux)
 
 
 class Layer(nn.Module):
@@ -244,7 +169,8 @@ class LM(nn.Module):
         learned: Bool[Tensor, "B T"] | None = None,
         with_stats: bool | None = None,
         dropout_seed: int | None = None,
-    ) -> LMOutput:
+        targets: Int[Tensor, "B T"] | None = None,
+    ) -> LMOutput | Scored:
         """Logits of the token after each of ``tokens``, given all before it in its document.
 
         Args:
@@ -253,14 +179,15 @@ class LM(nn.Module):
             mask: True at real tokens, in any pattern; padding leaves no trace in the state.
             starts: True at the first token of a document; nothing before it is attended to.
             learned: True at tokens whose keys count for commitment loss and codebook statistics;
-                None: all real ones.  Others are attended to and remembered all the same.
+                None: all real ones.  Others are read and remembered all the same.
             with_stats: gather codebook statistics; None: in training mode only.
             dropout_seed: decides which layers and sinusoids are dropped, so that all calls over
                 one long sequence can drop the same ones, as in the paper; None: drawn anew.
+            targets: the tokens after each of ``tokens``, ``loss.IGNORED`` where they don't count
+                (nor do they at padding): gives ``Scored``, the loss in little memory.
 
         Raises:
-            ValueError: no tokens, a state of another batch size, or parts of sequences that
-                cannot be cut so.
+            ValueError: no tokens, another batch size in the state, or a cut that cannot be.
         """
         state = self._checked_state(tokens, state)
         segments = Segments.of(mask, starts, learned)
@@ -273,12 +200,10 @@ class LM(nn.Module):
         tokens = segments.pack(tokens)
         x = self._embed(tokens, segments.positions(state.length, tokens.shape[1]))
         states, auxes, recent = [], [], []
-        for index, (layer, layer_state) in enumerate(
-            zip(self._layers(), state.layers, strict=True)
-        ):
+        for index, layer in enumerate(self._layers()):
             seed = None if dropout_seed is None else dropout_seed * len(self.layers) + index
             past = state.recent[index] if layer.has_conv else None
-            arguments = (x, layer_state, segments, with_stats, seed, past)
+            arguments = (x, state.layers[index], segments, with_stats, seed, past)
             if self.checkpointing and self.training:
                 x, new, aux, past = checkpoint(layer, *arguments, use_reentrant=False)
             else:
@@ -287,11 +212,12 @@ class LM(nn.Module):
             auxes.append(aux)
             recent += [past] if layer.has_conv else []
         length = segments.advance(state.length, tokens.shape[1])
-        logits = segments.unpack(self._logits(x))
         after = LMState(tuple(states), length, tuple(recent))
         if cut is not None:
             after = after.replace_tensors(cut.of_last(after.tensors()))
-        return LMOutput(logits, after, tuple(auxes))
+        if targets is None:
+            return LMOutput(segments.unpack(self._logits(x)), after, tuple(auxes))
+        return Scored(self._nats(x, targets, segments), after, tuple(auxes))
 
     def _layers(self) -> Iterator[Layer]:
         for layer in self.layers:
@@ -317,13 +243,22 @@ class LM(nn.Module):
             x = x + self.position_scale * waves
         return drop(x, self.config.dropout_embedding) if self.training else x
 
+    def _head(self) -> tuple[Tensor, Tensor]:
+        if self.config.tie_embedding:
+            return self.embedding.weight, self.output_bias
+        return self.output.weight, self.output.bias
+
     def _logits(self, x: Tensor) -> Tensor:
         x = self.norm(x) if self.config.final_norm else x
-        if self.config.tie_embedding:
-            logits = F.linear(x, self.embedding.weight, self.output_bias)
-        else:
-            logits = self.output(x)
+        logits = F.linear(x, *self._head())
         return logits * self.config.output_scale if self.config.output_scale != 1 else logits
+
+    def _nats(self, x: Tensor, targets: Tensor, segments: Segments) -> Tensor:
+        if segments.mask is not None:
+            targets = segments.pack(targets.masked_fill(~segments.mask, IGNORED))
+        x = self.norm(x) if self.config.final_norm else x
+        x, scale = x.flatten(0, 1), self.config.output_scale
+        return summed_cross_entropy(x, *self._head(), targets.flatten(), scale)
 
     def codebooks(self) -> list[Codebook | None]:
         """The codebook of each layer; None where the mixer has none."""
@@ -345,13 +280,15 @@ class LM(nn.Module):
         valid = Segments.of(context.get("mask")).valid(tokens.shape[1], tokens.device)
         real = valid.expand(tokens.shape).flatten()
 
-        def fit(book: Codebook, projected: Projected) -> None:
-            keys = projected.key.transpose(0, 1).flatten(1, 2)
+        def fit(book: Codebook, scale: float, projected: Projected) -> None:
+            keys = normalised(projected.key, scale).transpose(0, 1).flatten(1, 2)
             book.initialize_(keys[:, real], generator)
 
         mixers = [layer.mixer for layer in self._layers()]
         hooks = [
-            mixer.project.register_forward_hook(lambda _, __, out, m=mixer: fit(m.codebook, out))
+            mixer.project.register_forward_hook(
+                lambda _, __, out, m=mixer: fit(m.codebook, m.project.scale, out)
+            )
             for mixer in mixers
             if isinstance(mixer, VQAttention)
         ]

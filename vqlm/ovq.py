@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from vqlm.chunks import lay_out
 from vqlm.config import LMConfig
 from vqlm.dictionary import Rules
-from vqlm.layers import Projected
+from vqlm.layers import Projected, gated_output
 from vqlm.ovq_kernel import Call, ovq_function
 from vqlm.segments import Segments
 
@@ -67,7 +67,7 @@ class OVQState(NamedTuple):
 
 
 def initial_state(config: LMConfig, batch_size: int, like: Tensor) -> OVQState:
-    """The empty state, on the device of ``like``, in at least float32."""
+    """The empty state, on the device of ``like`` [any shape], in at least float32."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     groups, n, chunk = config.kv_heads, config.n_entry, config.chunk
 
@@ -142,8 +142,7 @@ class OVQAttention(nn.Module):
         key, value, gate = self.key_value_gate(x).split(self.widths, -1)
         query = rearrange(self.query(x), "b t (h k) -> b h t k", k=self.config.d_k)
         key = rearrange(key, "b t (g k) -> b g t k", k=self.config.d_k)
-        if self.config.gated:
-            value, gate = F.silu(value), F.silu(gate)
+        value = F.silu(value) if self.config.gated else value
         value = rearrange(value, "b t (g v) -> b g t v", v=self.config.d_v)
         return Projected(query, key, value, gate if self.config.gated else None)
 
@@ -180,5 +179,4 @@ class OVQAttention(nn.Module):
             )  # fmt: skip
             if cut is not None:
                 heads = cut.hand_on(heads, state)
-        joined = rearrange(heads, "b h t v -> b t (h v)").to(x.dtype)
-        return self.output(joined if gate is None else joined * gate), state, None
+        return gated_output(self.output, heads.to(x.dtype), gate), state, None

@@ -145,7 +145,7 @@ class Call(NamedTuple):
         return flags.repeat_interleave(self.n_group, 0)
 
     def filing(self, chunk: Chunk, place: Tensor, count: Tensor) -> _Filing:
-        """How ``chunk`` goes into the dictionary that has ``count``."""
+        """How ``chunk`` goes into ``place`` [BG, L] of a dictionary with ``count`` [BG, N]."""
         full = None if chunk.full is None else self.rows(chunk.full)
         n_token = chunk.keys.stop - chunk.keys.start
         return _Filing.of(place, full, count, n_token, self.rules.rate)

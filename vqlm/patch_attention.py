@@ -140,7 +140,8 @@ class _Memory(NamedTuple):
         growth: str,
         codes: Tensor | None,
     ) -> _Memory:
-        """With room for chunk ``number`` in ``rows``: the oldest recent chunk is filed there."""
+        """With room for chunk ``number`` in ``rows``: the oldest recent chunk is filed there, by
+        ``codes`` [G, N, K] if there are any."""
         if not rows.any():
             return self
         n_filed = (number - self.key.shape[2] // chunk + 1) * chunk
@@ -178,7 +179,7 @@ class _Memory(NamedTuple):
         )  # fmt: skip
 
     def written(self, key: Tensor, value: Tensor, new: Bool[Tensor, "B L"]) -> _Memory:
-        """With the new tokens of the open chunk."""
+        """With the new tokens of the open chunk: ``key`` and ``value`` [B, G, L, .]."""
         there = F.pad(new, (self.key.shape[2] - new.shape[1], 0))[:, None, :, None]
         older = (0, 0, self.key.shape[2] - new.shape[1], 0)
         return self._replace(

@@ -172,6 +172,8 @@ class PatchedAttention(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], None]:
         """As the module that it replaces; there are no attention weights to return.
 
+        ``attention_mask``: [B, columns so far] or [B, 1, T, columns], as in ``real_tokens``.
+
         Raises:
             ValueError: a mask that is more than causality and padding, or a cache that an
                 unpatched model has filled.

@@ -136,7 +136,7 @@ class Processes:
     # What follows is done by all processes together, or by none.
 
     def sum_step(self, nats: Tensor, stats: Stats) -> tuple[Tensor, Stats]:
-        """Loss and codebook statistics of the whole batch; samples in the order of one process."""
+        """Loss [] and statistics of the whole batch; samples in the order of one process."""
         if self.count == 1:
             return nats, stats
         books = [book for book in stats if book is not None]
@@ -230,7 +230,7 @@ class Processes:
                 dist.broadcast(book.key_count, 0)
 
     def collect(self, x: Tensor) -> list[Tensor]:
-        """``x`` of every process, in order, on the CPU of the main process; elsewhere nothing."""
+        """``x`` [...] of every process, in order, on the main one's CPU; elsewhere nothing."""
         if self.count == 1:
             return [x]
         x = x.cpu().contiguous()
@@ -281,7 +281,7 @@ class Processes:
             torch.cuda.set_rng_state(tensors[cuda], self.accelerator.device)
 
     def own_rows(self, name: str, x: Tensor) -> Tensor:
-        """Of a tensor of ``tensors_of_all`` this process's part: its rows of a carried state."""
+        """Of a tensor of ``tensors_of_all`` our part: this process's rows of a state [B, ...]."""
         if not name.startswith("state/"):
             return x
         return x[self.data_rank * self.rows : (self.data_rank + 1) * self.rows]

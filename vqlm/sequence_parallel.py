@@ -44,7 +44,7 @@ class Cut:
         return self.part == 0
 
     def newest_before(self, x: Tensor, memory: Tensor, dim: int) -> Tensor:
-        """The newest entries of ``x`` along ``dim`` that the part before has, as many as
+        """The newest entries of ``x`` [...] along ``dim`` that the part before has, as many as
         ``memory``, which is what the first part finds."""
         n_slot, dtype = memory.shape[dim], memory.dtype
         own = x.narrow(dim, x.shape[dim] - n_slot, n_slot).to(dtype)
@@ -54,7 +54,8 @@ class Cut:
         return found + memory if self.is_first else found
 
     def sums_before(self, x: Tensor, goes_on: Bool[Tensor, " B"]) -> Tensor:
-        """s_p = x_(p-1) + s_(p-1) where row b of part p - 1 ``goes_on``, else x_(p-1); s_0 = 0."""
+        """s_p = x_(p-1) + s_(p-1) [B, ...] where row b of part p - 1 ``goes_on``, else x_(p-1);
+        s_0 = 0."""
         if not x.is_floating_point():
             return self.scan(x, goes_on, 1)
         found: Tensor = _Scan.apply(self, x, goes_on)
@@ -63,13 +64,13 @@ class Cut:
     def take(self, state: Sequence[Tensor], like: Tensor) -> list[Tensor]:
         """The state that the part before has handed on; in the first part ``state``.
 
-        ``like``: any tensor with a gradient, so that there is one here as well.
+        ``like`` [...]: any tensor with a gradient, so that there is one here as well.
         """
         return list(_Take.apply(self, like, *state))
 
     def hand_on(self, y: Tensor, state: Sequence[Tensor]) -> Tensor:
-        """Gives ``state`` to the next part; returns ``y``, with whose gradient that of the state
-        comes back."""
+        """Gives ``state`` to the next part; returns ``y`` [...], with whose gradient that of the
+        state comes back."""
         handed: Tensor = _HandOn.apply(self, y, *state)
         return handed
 
@@ -85,7 +86,7 @@ class Cut:
         return found
 
     def exchange(self, x: Tensor, step: int) -> Tensor:
-        """``x`` of the part ``step`` before this one; zeros where there is none."""
+        """``x`` [...] of the part ``step`` before this one; zeros where there is none."""
         x, found = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
         operations = []
         if 0 <= self.part + step < self.count:
@@ -97,7 +98,7 @@ class Cut:
         return found
 
     def scan(self, x: Tensor, goes_on: Bool[Tensor, " B"], direction: int) -> Tensor:
-        """``sums_before`` (direction 1), or the same from the last part to the first (-1)."""
+        """``sums_before`` [B, ...] (direction 1), or the same from last part to first (-1)."""
         total = self.exchange(x, direction)
         factor = goes_on.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
         keeps = self.exchange(factor, direction)

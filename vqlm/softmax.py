@@ -124,7 +124,7 @@ class SoftmaxAttention(nn.Module):
         query: Float[Tensor, "B H T K"],
         key: Float[Tensor, "B G T K"],
         position: Int[Tensor, "B T"],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, "B H T K"], Float[Tensor, "B G T K"]]:
         """Both turned to their positions, in a window with rotary positions."""
         if not self.window_only or self.config.positions != "rotary":
             return query, key

@@ -188,10 +188,11 @@ class Trainer:
             sequence = self.progress.step  # parts of a sequence drop the same layers
         seed = None if sequence is None else self._dropout_seed(sequence, part)
         out = self.model(
-            batch.inputs[cut], self.states[part], starts=batch.starts[cut], dropout_seed=seed
-        )
+            batch.inputs[cut], self.states[part], starts=batch.starts[cut], dropout_seed=seed,
+            targets=batch.targets[cut],
+        )  # fmt: skip
         self.states[part] = out.state.detach()
-        loss, nats = out.objective(batch.targets[cut], weight, n_token=self.n_token)
+        loss, nats = out.objective(weight, self.n_token)
         # Gradients of several processes are averaged, and are to be summed.
         self.accelerator.backward(loss * self.processes.count)
         return nats, out.stats()

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from vqlm.codebook import Codebook, CodeStats, Quantized, sum_by_code
 from vqlm.config import LMConfig
+from vqlm.fused import normalised
 from vqlm.layers import AttentionProjections, RelativeBias
 from vqlm.segments import Segments, last_slots
 from vqlm.sequence_parallel import Cut
@@ -65,7 +66,7 @@ class VQAux(NamedTuple):
 
 
 def initial_state(config: LMConfig, batch_size: int, like: Tensor) -> VQState:
-    """The empty state, with the dtype and device of ``like``."""
+    """The empty state, with the dtype and device of ``like`` [any shape]."""
     groups, window = config.kv_heads, config.window
     n_code = config.n_code if config.cache else 0
 
@@ -93,12 +94,14 @@ def vq_attention(
     *,
     block: int,
     cache_grad: bool = True,
+    scale: float | None = None,
 ) -> tuple[Float[Tensor, "B H T V"], VQState]:
     """Attention over quantized keys, and the state after the call; ``state`` itself is kept.
 
     Whether there is a cache is decided by ``state`` (slots or none), the window M by its size.
     ``segments`` describes packed rows: real tokens first.  Outputs at padding are finite and
-    meaningless.  ``cache_grad=False`` stops gradients at the start of every block.
+    meaningless.  ``cache_grad=False`` stops gradients at the start of every block.  ``scale``:
+    queries are normalised first (``fused.normalise``), which so costs no memory.
 
     Raises:
         ValueError: ``bias`` was made for another window than ``state``.
@@ -111,6 +114,7 @@ def vq_attention(
             f"a window of {window} wants {window + 1}; make both from one config"
         )
     if n_token == 1 and segments.plain and not torch.is_grad_enabled():
+        query = query if scale is None else normalised(query, scale)
         return _one_token(query, keys, value, codes, bias, state)
     dtype = state.key.dtype
     code = torch.cat([state.code, keys.code], 2)
@@ -124,24 +128,30 @@ def vq_attention(
         query.to(dtype), key, value, content, position, rows, state.key, state.value, sums,
         codes.to(dtype),
     )  # fmt: skip
-    out, sums = attend(x, schedule, cache_grad)
-
-    def newest(old: Tensor, new: Tensor) -> Tensor:
-        if segments.lengths is None and n_token >= window:
-            return last_slots(new, window, n_token, None, 2)
-        return last_slots(torch.cat([old, new], 2), window, n_token, segments.lengths, 2)
+    out, sums = attend(x, schedule, cache_grad, scale)
 
     # Slots of a document that has ended since they were filed are of no more use.
     same = schedule.slots_document[:, -1] == segments.newest_document(batch, n_token, code.device)
     same = same[:, None, None]
     after = VQState(
-        newest(state.code, keys.code), newest(state.key, key), newest(state.value, value),
+        _newest(state.code, keys.code, segments.lengths),
+        _newest(state.key, key, segments.lengths),
+        _newest(state.value, value, segments.lengths),
         sums[..., :-1] * same[..., None], sums[..., -1] * same,
         segments.advance(state.length, n_token),
     )  # fmt: skip
     if not cache_grad:
         after = VQState(*(field.detach() for field in after))
     return out, after
+
+
+def _newest(old: Tensor, new: Tensor, lengths: Tensor | None) -> Tensor:
+    """What of ``old`` [B, G, M, .] and ``new`` [B, G, T, .] is in the window after the call."""
+    window, n_token = old.shape[2], new.shape[2]
+    if lengths is None and n_token >= window:
+        # A view would keep all of the call's tokens as long as the state lives.
+        return last_slots(new, window, n_token, None, 2).clone()
+    return last_slots(torch.cat([old, new], 2), window, n_token, lengths, 2)
 
 
 def _one_token(
@@ -237,15 +247,16 @@ class VQAttention(nn.Module):
         """
         state = self.init_state(x.shape[0]) if state is None else state
         with_stats = self.training if with_stats is None else with_stats
-        query, key, value, gate = self.project(x)
-        codes = self.codebook.codes()
-        keys = self.codebook(key, codes, segments.learnable(x.shape[1], x.device), with_stats)
+        query, key, value, gate = self.project(x, raw=True)
+        codes, scale = self.codebook.codes(), self.project.scale
+        learnable = segments.learnable(x.shape[1], x.device)
+        keys = self.codebook(key, codes, learnable, with_stats, scale)
         if segments.cut is not None:
             state = _state_before(
                 segments.cut, state, keys, value, segments, self.config.cache_grad
             )
         heads, state = vq_attention(
             query, keys, value, codes, self.project.bias(seed), state, segments,
-            block=self.config.block, cache_grad=self.config.cache_grad,
+            block=self.config.block, cache_grad=self.config.cache_grad, scale=scale,
         )  # fmt: skip
         return self.project.merge(heads, gate), state, VQAux(keys.commitment, keys.stats)

@@ -9,7 +9,8 @@ and neither log(count) nor a mean is needed.  Nor is a maximum: normalised queri
 score, and where the bound (which the learned biases can lift) leaves the range of the number
 format, the largest score of a query is subtracted after all.
 
-Forward keeps q, v, codes, o, the denominators, and the slots at every ~sqrt(N)-th of the N blocks.
+Forward keeps q, v, codes, o, the denominators, and what the slots hold at every ~sqrt(N)-th of the
+N blocks.
 Backward takes the blocks in reverse, computes their scores and slots again, and uses
 
     g = do / den ,  e = -(do . o) / den ,  dP = g v^T + e ,  dscore = P dP .
@@ -34,6 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqlm.codebook import flat_index
+from vqlm.fused import d_normalised, normalised
 from vqlm.vq_schedule import Block, Schedule
 
 
@@ -41,6 +43,7 @@ class Tensors(NamedTuple):
     """What a call is given, in the order in which ``attend`` gives gradients."""
 
     query: Float[Tensor, "B H T K"]
+    """Before they are normalised, if ``attend`` is given a ``scale``."""
     key: Float[Tensor, "B G T K"]
     """Quantized keys.  Only their gradient is used: their values are looked up by code."""
     value: Float[Tensor, "B G T V"]
@@ -55,14 +58,14 @@ class Tensors(NamedTuple):
     """A constant."""
 
 
-def _must_shift(x: Tensors) -> bool:
+def _must_shift(x: Tensors, scale: float | None) -> bool:
     """Whether exp of some score of the call, or the quotient of two, could leave the range of the
     dtype, by an upper bound of all scores."""
 
     def longest(*tensors: Tensor) -> Tensor:
         return torch.stack([t.norm(dim=-1).max() for t in tensors if t.numel()]).max()
 
-    query = longest(x.query)
+    query = longest(x.query) if scale is None else scale * math.sqrt(x.query.shape[-1])
     content = (query + longest(x.content)) * longest(x.codes, x.memory_key)
     bound = (content + (query + longest(x.position)) * longest(x.rows)).item()
     return 2 * bound > math.log(torch.finfo(x.query.dtype).max)
@@ -71,8 +74,8 @@ def _must_shift(x: Tensors) -> bool:
 class _Call:
     """One call's tensors as the products want them, and what forward and backward share."""
 
-    def __init__(self, x: Tensors, schedule: Schedule, shifts: bool) -> None:
-        self.x, self.schedule, self.shifts = x, schedule, shifts
+    def __init__(self, x: Tensors, schedule: Schedule, shifts: bool, scale: float | None) -> None:
+        self.x, self.schedule, self.shifts, self.scale = x, schedule, shifts, scale
         self.batch, self.heads, self.n_token, width = x.query.shape
         self.groups, self.n_code, _ = x.codes.shape
         self.window = schedule.window
@@ -87,7 +90,7 @@ class _Call:
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, *shape: int) -> Tensor:
-        """Memory for a tensor of ``shape``, the same whenever it is asked for by this name."""
+        """Memory for a tensor [*shape], the same whenever it is asked for by this name."""
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = self.x.query.new_empty(size)
@@ -108,10 +111,16 @@ class _Call:
         rows = torch.empty_like(rows).index_copy_(0, self._order, rows)
         return rows.view(self.batch, self.groups, *slots.shape[1:])
 
-    def queries(self, block: Block, bias: Tensor) -> Tensor:
-        """Queries of the block with a bias of each head: [BH, L, K]."""
-        part = self.x.query[:, :, block.begin : block.end] + bias[:, None]
-        return part.reshape(self.batch * self.heads, -1, part.shape[-1])
+    def queries(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Queries of the block with the content and with the position bias: [BH, L, K]."""
+        part = self.x.query[:, :, block.begin : block.end]
+        part = part if self.scale is None else normalised(part, self.scale)
+        # Side by side in memory, however the query was laid out.
+        content, position = (
+            torch.add(part, b[:, None], out=part.new_empty(part.shape)).flatten(0, 1)
+            for b in (self.x.content, self.x.position)
+        )
+        return content, position
 
     def by_group(self, x: Tensor) -> Tensor:
         """[BH, L, .] as [BG, RL, .]."""
@@ -249,10 +258,15 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, schedule: Schedule, keep: bool, cache_grad: bool, *tensors: Tensor
+        ctx: Any,
+        schedule: Schedule,
+        keep: bool,
+        cache_grad: bool,
+        scale: float | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         x = Tensors(*tensors)
-        call = _Call(x, schedule, _must_shift(x))
+        call = _Call(x, schedule, _must_shift(x, scale), scale)
         width = x.value.shape[-1]
         # Laid out as [B, T, H, V], so that joining the heads afterwards costs nothing.
         out = x.query.new_empty(call.batch, call.n_token, call.heads, width).transpose(1, 2)
@@ -260,9 +274,9 @@ class _Attend(torch.autograd.Function):
         sums = call.in_order(x.sums)
         every, kept = math.isqrt(len(schedule.blocks)), []
         for index, block in enumerate(schedule.blocks):
-            if keep and index and index % every == 0:
-                kept.append(sums.clone())
-            content, position = (call.queries(block, b) for b in (x.content, x.position))
+            if keep and index % every == 0:
+                kept.append(sums[:, : block.n_slot].clone())
+            content, position = call.queries(block)
             recent, slots = call.weights(index, content, position, call.keys(block), sums)
             total = torch.bmm(recent, call.values(block.first, call.window + block.end))
             norm = recent.sum(-1, keepdim=True)
@@ -275,9 +289,10 @@ class _Attend(torch.autograd.Function):
             normaliser[:, :, block.begin : block.end] = norm.view(*shape[:3], 1)
             call.file_(index, sums)
         if keep:
-            ctx.save_for_backward(*x._replace(key=x.key.new_empty(0)), out, normaliser, *kept)
+            none = x.key.new_empty(0)
+            ctx.save_for_backward(*x._replace(key=none, sums=none), out, normaliser, *kept)
             ctx.schedule, ctx.every, ctx.cache_grad = schedule, every, cache_grad
-            ctx.shifts = call.shifts
+            ctx.shifts, ctx.scale = call.shifts, scale
         return out, call.out_of_order(sums)
 
     @staticmethod
@@ -285,19 +300,20 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_sums: Tensor) -> tuple[Tensor | None, ...]:
         n, saved = len(Tensors._fields), ctx.saved_tensors
         x, (out, normaliser, *kept) = Tensors(*saved[:n]), saved[n:]
-        call = _Call(x, ctx.schedule, ctx.shifts)
+        call = _Call(x, ctx.schedule, ctx.shifts, ctx.scale)
         grads = _Gradients(call, d_sums, ctx.cache_grad)
-        starts = [call.in_order(x.sums), *kept]
         n_block = len(ctx.schedule.blocks)
-        for segment in reversed(range(len(starts))):
+        for segment in reversed(range(len(kept))):
             begin, end = segment * ctx.every, min((segment + 1) * ctx.every, n_block)
-            sums = [starts[segment]]
+            # What was not kept are slots that nothing had been filed under.
+            n_empty = call.n_code - kept[segment].shape[1]
+            sums = [F.pad(kept[segment], (0, 0, 0, n_empty))]
             for index in range(begin, end - 1):
                 sums.append(sums[-1].clone())
                 call.file_(index, sums[-1])
             for index in reversed(range(begin, end)):
                 grads.add_block(index, sums.pop(), d_out, out, normaliser)
-        return None, None, None, *grads.result()
+        return None, None, None, None, *grads.result()
 
 
 class _Gradients:
@@ -316,13 +332,13 @@ class _Gradients:
     def add_block(
         self, index: int, sums: Tensor, d_out: Tensor, out: Tensor, normaliser: Tensor
     ) -> None:
-        """Adds what block ``index`` gives; ``sums`` are the slots that it read."""
-        call, x = self.call, self.call.x
+        """Adds what block ``index`` gives; ``sums`` [BG, S, V + 1] are the slots that it read."""
+        call = self.call
         block = call.schedule.blocks[index]
         cut = slice(block.begin, block.end)
         if self.cache_grad:
             call.d_file_(index, self.sums, self.value)
-        content, position = (call.queries(block, b) for b in (x.content, x.position))
+        content, position = call.queries(block)
         keys = call.keys(block)
         values = call.values(block.first, call.window + block.end)
         recent, slots = call.weights(index, content, position, keys, sums)
@@ -361,7 +377,11 @@ class _Gradients:
         d_content = d_content.view(shape)
         d_position = torch.bmm(d_scores, call.rows).view(shape)
         self.rows.baddbmm_(d_scores.mT, position)
-        torch.add(d_content, d_position, out=self.query[:, :, block.begin : block.end])
+        d_query = d_content + d_position
+        if call.scale is not None:
+            part = call.x.query[:, :, block.begin : block.end]
+            d_query = d_normalised(part, call.scale, d_query)
+        self.query[:, :, block.begin : block.end] = d_query
         self.content += d_content.sum((0, 2))
         self.position += d_position.sum((0, 2))
 
@@ -378,15 +398,16 @@ class _Gradients:
 
 
 def attend(
-    x: Tensors, schedule: Schedule, cache_grad: bool
+    x: Tensors, schedule: Schedule, cache_grad: bool, scale: float | None = None
 ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B G S VN"]]:
     """Outputs of all queries, and the slots after the call (``Tensors.sums``).
 
     Without ``cache_grad`` keys and values get gradients from queries of their own block alone.
+    ``scale``: queries are normalised first, block by block (``fused.normalise``).
     """
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in x)
     if keep:  # what was made in inference mode, a state say, can't be kept for a backward pass
         x = Tensors(*(t.clone() if t.is_inference() else t for t in x))
     with torch.autocast(x.query.device.type, enabled=False):
-        out, sums = _Attend.apply(schedule, keep, cache_grad, *x)
+        out, sums = _Attend.apply(schedule, keep, cache_grad, scale, *x)
     return out, sums
