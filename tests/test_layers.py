@@ -166,7 +166,7 @@ def test_an_output_layer_that_was_hooked_or_replaced_is_called(how: str) -> None
     if how == "hook":
         ff.output.register_forward_hook(lambda _, __, out: 2 * out)
     else:
-        ff.output = torch.nn.Sequential(ff.output, torch.nn.Linear(5, 5))
-        torch.nn.init.eye_(ff.output[1].weight).mul_(2)
-        torch.nn.init.zeros_(ff.output[1].bias)
+        twice = torch.nn.Linear(5, 5, bias=False)
+        twice.weight = torch.nn.Parameter(2 * torch.eye(5))
+        ff.output = torch.nn.Sequential(ff.output, twice)  # type: ignore[assignment]
     assert_close(ff(x), 2 * want)

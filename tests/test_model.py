@@ -7,6 +7,9 @@ gets alone, in one plain call.
 
 import dataclasses
 import functools
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -278,3 +281,34 @@ def test_wrong_inputs_are_refused() -> None:
         lm(tokens, lm.init_state(3))
     with pytest.raises(ValueError, match="T >= 1"):
         lm(tokens[:, :0])
+
+
+COMPILED = """
+import sys, torch
+from vqlm import LM, LMConfig
+backend, layer = sys.argv[1:]
+config = LMConfig(
+    n_layer=2, d_model=8, n_head=1, d_k=4, d_v=8, n_code=4, window=4, block=4, layer=layer
+)
+lm, tokens = LM(config), torch.randint(256, (2, 9))
+sides = []
+for compiled in (False, True):
+    if compiled:
+        lm.compile_parts(backend)
+    loss = lm(tokens, targets=tokens).objective(0.1, 18).loss
+    sides.append([loss, *torch.autograd.grad(loss, list(lm.parameters()))])
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+assert not torch._dynamo.utils.counters["graph_break"]
+for plain, ours in zip(*sides):
+    torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "layer"), [("aot_eager", "swiglu"), ("aot_eager", "gau"), ("inductor", "swiglu")]
+)
+def test_compiled_parts_are_whole_graphs_and_give_the_same(backend: str, layer: str) -> None:
+    """In a process of its own: what checks shapes in the tests can't be compiled."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("compiling for a CPU needs g++")
+    subprocess.run([sys.executable, "-c", COMPILED, backend, layer], check=True)

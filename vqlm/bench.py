@@ -115,6 +115,10 @@ def _add_special_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpointing", action="store_true",
         help="all models compute layers again in the backward pass, to need less memory",
     )  # fmt: skip
+    models.add_argument(
+        "--compile", action="store_true",
+        help="our models' norms and SwiGLUs compiled by torch.compile (JSON: first_step_s)",
+    )  # fmt: skip
     decode = parser.add_argument_group("decode")
     decode.add_argument(
         "--batch-size", type=int, default=1, metavar="B", help="rows decoded side by side"

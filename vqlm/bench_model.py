@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -92,6 +93,7 @@ class Training:
         seq_len: int,
         precision: str = "float32",
         checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.ours = name in bench_peers.OURS
         make = bench_peers.own_model if self.ours else bench_peers.hf_model
@@ -99,6 +101,8 @@ class Training:
         self.precision = precision
         if isinstance(self.model, LM):
             self.model.checkpointing = checkpointing
+            if compiled:
+                self.model.compile_parts()
         elif checkpointing:
             self.model.gradient_checkpointing_enable()
         self.optimizer = make_optimizer(
@@ -162,12 +166,17 @@ def _as_heads(config: LMConfig) -> LMConfig:
 
 
 def build(
-    name: str, seq_len: int, config: dict[str, Any], precision: str, checkpointing: bool
-) -> timing.Built:
-    """A side: the model ``name``; one short step is done, so that the optimizer's state exists."""
+    name: str, seq_len: int, config: dict[str, Any], precision: str, checkpointing: bool,
+    compiled: bool = False,
+) -> timing.Built:  # fmt: skip
+    """A side: the model ``name``; one step is done, so that the optimizer's state exists: a short
+    one, or with ``compiled``, which applies to our models, a whole one."""
     sizes = from_dict(LMConfig, config)
-    training = Training(name, sizes, seq_len, precision, checkpointing)
-    training.step(min(SHORT, seq_len))
+    compiled = compiled and name in bench_peers.OURS
+    training = Training(name, sizes, seq_len, precision, checkpointing, compiled)
+    began = time.perf_counter()
+    training.step(seq_len if compiled else min(SHORT, seq_len))
+    first = round(time.perf_counter() - began, 1)
 
     def run() -> Iterator[str]:
         training.step()
@@ -177,6 +186,8 @@ def build(
         "parameters": bench_peers.n_parameter(training.model), "precision": precision,
         "checkpointing": checkpointing,
     }  # fmt: skip
+    if compiled:
+        facts["first_step_s"] = first
     return timing.Built(run, {PASS: training.flops(name, sizes)}, facts)
 
 
@@ -190,11 +201,13 @@ def model_rows(
     max_quadratic: int | None = None,
     precision: str = "float32",
     checkpointing: bool = False,
+    compiled: bool = False,
 ) -> tuple[list[timing.Row], list[float]]:
     """Rows of all models ``names`` at all ``lengths``, and the rates of the limit.
 
     ``repeats``: of each, and of quadratic ones at more than ``bench_attention.LONG`` tokens.
     ``checkpointing``: all of them compute their layers again in the backward pass.
+    ``compiled``: ours have their parts compiled (``LM.compile_parts``).
 
     Raises:
         RuntimeError: two that should compute the same don't.
@@ -217,7 +230,7 @@ def model_rows(
             long = quadratic and seq_len > bench_attention.LONG
             settings = {
                 "name": name, "seq_len": seq_len, "config": dataclasses.asdict(config),
-                "precision": precision, "checkpointing": checkpointing,
+                "precision": precision, "checkpointing": checkpointing, "compiled": compiled,
             }  # fmt: skip
             n = min(repeats) if long else repeats[0]
             sides.append(timing.Side(name, f"{__name__}:build", settings, n))
@@ -249,7 +262,7 @@ def run(
         plan, config, sorted(args.lengths or lengths), names,
         repeats=(args.repeats or timing.REPEATS, args.repeats_long),
         max_quadratic=args.max_quadratic, precision=args.precision,
-        checkpointing=args.checkpointing,
+        checkpointing=args.checkpointing, compiled=args.compile,
     )  # fmt: skip
     return {
         "sizes": {"name": sizes, **dataclasses.asdict(config)},

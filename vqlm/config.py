@@ -225,6 +225,8 @@ class TrainConfig:
     """Processes that each sequence is cut over; as many times fewer share the rows of the batch."""
     checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
+    compile: bool = False
+    """Compile (torch.compile) what lies around the attention: faster steps after a slow first."""
     seed: int = 0
     """Seed of initial values, dropout and k-means."""
     log_every: int = 10

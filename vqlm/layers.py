@@ -209,14 +209,14 @@ class AttentionProjections(nn.Module):
 
 
 def gated_output(
-    output: nn.Linear, heads: Float[Tensor, "B H T V"], gate: Float[Tensor, "B T HV"] | None
+    output: nn.Module, heads: Float[Tensor, "B H T V"], gate: Float[Tensor, "B T HV"] | None
 ) -> Float[Tensor, "B T D"]:
     """Joins the heads, multiplies by silu(gate) if there is a gate, and projects."""
     joined = rearrange(heads, "b h t v -> b t (h v)")
     return output(joined) if gate is None else _gated(output, gate, joined)
 
 
-def _gated(output: nn.Linear, gate: Tensor, value: Tensor) -> Tensor:
+def _gated(output: nn.Module, gate: Tensor, value: Tensor) -> Tensor:
     """``gated_linear``; what somebody has put in place of the layer, or hooked to it, is called."""
     if type(output) is not nn.Linear or output._forward_hooks or output._forward_pre_hooks:
         return output(F.silu(gate) * value)

@@ -130,6 +130,16 @@ class LM(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Compiles (``torch.compile``) each norm and SwiGLU as one graph, without a break.
+
+        Attention has kernels of its own, and is left alone.  Compiling takes place in the first
+        call, some tens of seconds on a CPU, and again for a new shape.
+        """
+        for module in self.modules():
+            if isinstance(module, Norm | SwiGLU):
+                module.compile(fullgraph=True, backend=backend)
+
     def init_state(self, batch_size: int) -> LMState:
         """The empty state of ``batch_size`` rows."""
         layers = tuple(layer.mixer.init_state(batch_size) for layer in self._layers())

@@ -77,6 +77,8 @@ class Trainer:
         self.processes.take_lanes(self.lanes)
         model = LM(model_config)
         model.checkpointing, model.cut = config.checkpointing, self.processes.cut
+        if config.compile:
+            model.compile_parts()
         self.model, self.optimizer = self.accelerator.prepare(
             model, configured_optimizer(model, config)
         )
@@ -328,7 +330,7 @@ class Trainer:
         return self.progress
 
     def _train(self, log: RunLog, lookout: Lookout, doing: Callable[[str], None]) -> None:
-        stops = self._agree()
+        stops, tells = self._agree(), self.config.compile
         while self.share_done() < 1 and not stops:
             began = time.monotonic()
             try:
@@ -339,7 +341,11 @@ class Trainer:
                 log.add(self.step(batch))
                 if self._due(self.config.log_every):
                     self.require_finite()
-                self.progress.seconds += time.monotonic() - began
+                seconds = time.monotonic() - began
+                self.progress.seconds += seconds
+                if tells:
+                    log.note(f"the first step, with compiling, took {seconds:.0f} seconds")
+                    tells = False
                 stops = self._agree()
                 self._after_step(log, lookout, doing)
             except TrainingDiverged as error:
