@@ -100,6 +100,8 @@ def test_a_config_survives_json() -> None:
         ({"d_ff": "64"}, "d_ff='64' is not of type int or none"),
         ({"mixers": "vq"}, "mixers='vq' is not of type tuple"),
         ({"output_scale": "1"}, "output_scale='1' is not of type float"),
+        ({"output_scale": 10**400}, "output_scale has 401 digits, too many for a float"),
+        ({"mixers": [1, 2]}, r"mixers=\(1, 2\) is not of type tuple"),
     ],
 )
 def test_a_dictionary_with_mistakes_is_refused(values: dict[str, Any], message: str) -> None:

@@ -364,8 +364,8 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         require_known(f"key of {cls.__name__}", name, hints)
         kinds = _kinds(hints[name])
         if float in kinds and type(value) is int:
-            settings[name] = float(value)  # JSON writers may drop ".0"
-        elif type(value) not in kinds and not (isinstance(value, tuple) and _has_tuple(kinds)):
+            settings[name] = _as_float(name, value)  # JSON writers may drop ".0"
+        elif type(value) not in kinds and not (_is_names(value) and _has_tuple(kinds)):
             raise _wrong_type(name, value, kinds)
     return cls(**settings)
 
@@ -386,12 +386,23 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         except (ValueError, SyntaxError, MemoryError, RecursionError):  # too deep for the parser
             continue
         if kind is float and type(value) in (int, float):
-            return float(value)
+            return _as_float(name, value)
         if kind is int and type(value) is int:
             return value
         if kind is int and type(value) is float and value.is_integer():
             return int(value)
     raise _wrong_type(name, text, kinds)
+
+
+def _as_float(name: str, value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} has {len(str(value))} digits, too many for a float") from error
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
 def _has_tuple(kinds: tuple[Any, ...]) -> bool:

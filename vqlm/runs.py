@@ -97,12 +97,15 @@ def read_log(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]
         ValueError: another line that is no JSON object with a step.
     """
     kinds: tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]] = ({}, {})
-    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    # A line that is no UTF-8 is then no JSON either, and is named.
+    texts = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
     for number, text in enumerate(texts, start=1):
         try:
             line = {name: float(value) for name, value in json.loads(text).items()}
             step = int(line["step"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+        ) as error:  # fmt: skip
             if number == len(texts):
                 break
             raise ValueError(f"{path}: line {number} is damaged ({error!r}); remove it") from error
