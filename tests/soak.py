@@ -2,6 +2,7 @@
 
     python tests/soak.py train --minutes 120 --run RUN
     python tests/soak.py generate --tokens 100000
+    python tests/soak.py play --minutes 10 --clients 32
 
 Prints a line now and then, and at last one JSON object with the verdict; exit code 1: not flat.
 Linux only, as it reads /proc.
@@ -11,10 +12,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import http.client
 import json
 import os
+import re
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +32,10 @@ ALLOWED = 0.02
 
 WARM_UP = 0.1
 """The share of a run that is left out: the first of everything is allocated there."""
+
+
+STREAM_TOKENS = 100
+"""Tokens of a playground's stream."""
 
 
 class Reading(NamedTuple):
@@ -131,7 +142,8 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     from vqlm.model import LM
 
     torch.manual_seed(0)
-    model = load_model(args.run) if args.run else LM(presets.get("mini")[0]).eval()
+    config = dataclasses.replace(presets.get("mini")[0], n_layer=2, d_model=128, d_ff=256)
+    model = load_model(args.run) if args.run else LM(config).eval()
     watch = Watch(args.every)
     generator = torch.Generator().manual_seed(0)
     stream = model.stream(torch.tensor([[0]]), args.tokens, generator=generator)
@@ -141,18 +153,124 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     return {"tokens": made, **verdict(watch.readings)}
 
 
+class Client(threading.Thread):
+    """Opens text after text over one connection, and compares each stream with what is due."""
+
+    def __init__(self, port: int, wanted: dict[tuple[str, int], str], end: float) -> None:
+        super().__init__()
+        self.line = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        self.wanted, self.end = wanted, end
+        self.streams, self.tokens, self.wrong = 0, 0, list[str]()
+
+    def run(self) -> None:
+        while time.monotonic() < self.end:
+            for (prompt, seed), text in self.wanted.items():
+                if time.monotonic() >= self.end:
+                    break
+                try:
+                    self.stream(prompt, seed, text)
+                except (OSError, http.client.HTTPException, KeyError, ValueError) as error:
+                    self.wrong.append(f"lost: {error!r}")
+                    self.line.close()
+        self.line.close()
+
+    def ask(self, method: str, path: str, body: bytes = b"") -> http.client.HTTPResponse:
+        self.line.request(method, path, body)
+        answer = self.line.getresponse()
+        if answer.status >= 300:
+            raise ValueError(f"{method} {path}: {answer.status} {answer.read()!r}")
+        return answer
+
+    def stream(self, prompt: str, seed: int, wanted: str) -> None:
+        text = "/api/texts/" + json.loads(self.ask("POST", "/api/texts").read())["text"]
+        self.ask("POST", text + "/read", prompt.encode()).read()
+        wish = json.dumps({"n_token": STREAM_TOKENS, "seed": seed}).encode()
+        events = [
+            json.loads(line.removeprefix(b"data: "))
+            for line in self.ask("POST", text + "/write", wish)
+            if line.startswith(b"data: ")
+        ]
+        got = "".join(event.get("delta", "") for event in events)
+        if got != wanted or events[-1]["written"] != STREAM_TOKENS:
+            self.wrong.append(f"mixed: {prompt!r}, seed {seed}: {got[:80]!r}, not {wanted[:80]!r}")
+        self.ask("DELETE", text).read()
+        self.streams += 1
+        self.tokens += STREAM_TOKENS
+
+
+def expected(model: Any, prompt: str, seed: int) -> str:
+    """What one user alone would be written."""
+    from vqlm.sessions import Session, Wish
+
+    session = Session(model)
+    for _ in session.read(session.tokens_of(prompt.encode())):
+        pass
+    return "".join(piece.text for piece in session.write(Wish(STREAM_TOKENS, seed=seed)))
+
+
+def play(args: argparse.Namespace) -> dict[str, Any]:
+    """The playground, in a process of its own, and many clients that stream at the same time."""
+    import torch
+
+    from vqlm import checkpoint, presets
+    from vqlm.model import LM
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = args.run or Path(place)
+        if args.run is None:
+            torch.manual_seed(0)
+            config = dataclasses.replace(presets.get("mini")[0], n_layer=1, d_model=64, d_ff=64)
+            checkpoint.save_model(LM(config), folder, checkpoint.Medium())
+        model = checkpoint.load_model(folder)
+        jobs = [
+            {(f"user {i} has text {j}: ", 100 * i + j): "" for j in range(3)}
+            for i in range(args.clients)
+        ]
+        wanted = [{key: expected(model, *key) for key in job} for job in jobs]
+        command = [sys.executable, "-m", "vqlm", "play", str(folder), "--port", "0"]
+        command += ["--max-streams", str(args.clients + 8)]  # one may end after its client saw it
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert server.stdout is not None
+            port = int(re.search(r":(\d+)/", server.stdout.readline())[1])  # type: ignore[index]
+            end = time.monotonic() + 60 * args.minutes
+            clients = [Client(port, job, end) for job in wanted]
+            for client in clients:
+                client.start()
+            watch = Watch(args.every, server.pid)
+            while any(client.is_alive() for client in clients):
+                if time.monotonic() < end:
+                    watch(lambda: f"{sum(client.streams for client in clients)} streams")
+                time.sleep(0.2)
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(30)
+    wrong = [text for client in clients for text in client.wrong]
+    print("\n".join(wrong[:10]))
+    found = verdict(watch.readings)
+    return {
+        "streams": sum(client.streams for client in clients),
+        "least_of_a_client": min(client.streams for client in clients),
+        "lost": sum(text.startswith("lost") for text in wrong),
+        "mixed": sum(text.startswith("mixed") for text in wrong),
+        **found,
+        "flat": found["flat"] and not wrong,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("what", choices=("train", "generate"))
-    parser.add_argument("--minutes", type=float, default=120, help="train: how long")
+    parser.add_argument("what", choices=("train", "generate", "play"))
+    parser.add_argument("--minutes", type=float, default=120, help="train, play: how long")
+    parser.add_argument("--clients", type=int, default=32, help="play: at the same time")
     parser.add_argument("--tokens", type=int, default=100_000, help="generate: how many")
-    parser.add_argument("--run", type=Path, help="run folder: train's to write, generate's to read")
+    parser.add_argument("--run", type=Path, help="run folder: train's to write, others' to read")
     parser.add_argument("--data", type=Path, help="text; default: Python's own library")
     parser.add_argument("--every", type=float, default=5, help="seconds between readings")
     args = parser.parse_args()
     if args.what == "train" and args.run is None:
         parser.error("train wants a new --run folder")
-    result = {"train": train, "generate": generate}[args.what](args)
+    result = {"train": train, "generate": generate, "play": play}[args.what](args)
     print(json.dumps({"soak": args.what, **result}))
     return 0 if result["flat"] else 1
 

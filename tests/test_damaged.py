@@ -1,6 +1,7 @@
 """Damaged run folders: what is wrong is noticed and named, and an older checkpoint taken."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,28 @@ def test_trainer_tensors_that_are_missing_are_named(data: Corpus, finished: Path
         path.write_bytes(sealed.pack(rest, facts))
         with pytest.raises(ValueError, match=f"damaged.*{name.removeprefix('optimizer/')}"):
             trainer(data, finished).resume()
+
+
+@pytest.mark.parametrize("file", range(1, 11))
+def test_a_stop_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
+    file: int, data: Corpus, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at the removal of each file: five of the replaced step 3, then five of step 2."""
+    training = trainer(data, finished, steps=3, keep=1)
+    training.resume()
+    unlink, seen = os.unlink, 0
+
+    def stopped(path: Any, **how: Any) -> None:
+        nonlocal seen
+        seen += how.get("dir_fd") is not None  # as rmtree calls it
+        if seen == file:
+            raise KeyboardInterrupt
+        unlink(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            training.save()
+    for folder in complete_checkpoints(finished):
+        checkpoint.load_trainer(folder)
+    assert newest_checkpoint(finished) == finished / "checkpoints/step-00000003"

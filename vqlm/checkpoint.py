@@ -302,8 +302,12 @@ def save_checkpoint(
         newest = newest_checkpoint(run)
         kept = f"the last valid checkpoint is {newest}" if newest else "there is none yet"
         raise OSError(error.errno, f"cannot save {final} ({error.strerror}); {kept}") from error
-    for old in [*complete_checkpoints(run)[:-keep], *run.glob("checkpoints/.step-*")]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in complete_checkpoints(run)[:-keep]:
+        # Out of sight first: half of it must not look like a checkpoint if we are stopped here.
+        with contextlib.suppress(OSError):
+            old.rename(old.with_name(f".{old.name}.old"))
+    for left_over in run.glob("checkpoints/.step-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
     return final
 
 
