@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from vqlm.codebook import Codebook, Quantized
 from vqlm.config import LMConfig
+from vqlm.fused import normalise
 from vqlm.layers import RelativeBias
 from vqlm.reference import vq_attention_quadratic
 from vqlm.segments import Segments
@@ -218,3 +219,62 @@ def test_window_mismatch_is_refused() -> None:
     other = initial_state(dataclasses.replace(case.config, window=6), BATCH, x["q"])
     with pytest.raises(ValueError, match="window of 6 wants 7"):
         run_fast(case, x, other)
+
+
+@pytest.mark.parametrize("heads", list(HEADS))
+@pytest.mark.parametrize("cache_grad", [True, False])
+def test_normalising_on_the_way_is_normalising_before(heads: str, cache_grad: bool) -> None:
+    """Queries in the kernel, keys in the codebook; lengths 3, 7, 8 leave a last block cut short."""
+    case = Case(heads, 3, 4, 23, True, cache_grad, (5,), (), 0)
+    torch.manual_seed(1)
+    d_out = torch.randn(BATCH, HEADS[heads][0], case.n_token, case.d_v).double()
+
+    def run(inside: bool) -> tuple[Tensor, ...]:
+        x, book, scale = case.tensors(), case.codebook(), 0.7
+        q, k = (x[n] if inside else normalise(x[n], scale) for n in "qk")
+        valid = torch.ones(1, case.n_token, dtype=torch.bool)
+        keys = book(k, book.codes(), valid, True, scale if inside else None)
+        y, _ = vq_attention(
+            q, keys, x["v"], book.codes(), RelativeBias(x["u"], x["w"], x["rows"]),
+            initial_state(case.config, BATCH, q), Segments.of(starts=case.starts()),
+            block=case.block, cache_grad=cache_grad, scale=scale if inside else None,
+        )  # fmt: skip
+        assert keys.stats is not None
+        loss = (y * d_out).sum() + 0.3 * keys.commitment
+        return y, *torch.autograd.grad(loss, list(x.values())), *keys.stats
+
+    for got, want in zip(run(True), run(False), strict=True):
+        assert_close(got, want, **EXACT)
+
+
+def test_half_precision_is_within_twice_the_error_of_plain_softmax() -> None:
+    """Scores, weights and sums are float32 under autocast: outputs and gradients are nearer to
+    float64's than softmax in bfloat16 over the same quantized keys is."""
+    case = Case("multi-head", 8, 8, 61, True, True, (), (), 0)
+    x, book = case.tensors(), case.codebook()
+    keys, _ = quantize(case, book, x["k"])
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        future = torch.ones(case.n_token, case.n_token, dtype=torch.bool).triu(1)
+        return (q @ k.mT).masked_fill(future, -torch.inf).softmax(-1) @ v
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        like, single = q.float(), book.float()
+        bias = RelativeBias(*(torch.zeros_like(x[n]).float() for n in ("u", "w", "rows")))
+        with torch.autocast("cpu", torch.bfloat16):
+            part = keys._replace(key=k)
+            state = initial_state(case.config, BATCH, like)
+            return vq_attention(q, part, v, single.codes(), bias, state, block=case.block)[0]
+
+    def run(attention: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (t.detach().to(dtype).requires_grad_() for t in (x["q"], keys.key, x["v"]))
+        y = attention(q, k, v)
+        torch.manual_seed(1)
+        return [y, *torch.autograd.grad(y, [q, v], torch.randn(y.shape).to(y.dtype))]
+
+    exact = run(plain, torch.float64)
+    for mine, half, want in zip(
+        run(ours, torch.bfloat16), run(plain, torch.bfloat16), exact, strict=True
+    ):
+        error, allowed = ((t.double() - want).norm() / want.norm() for t in (mine, half))
+        assert error <= 2 * allowed

@@ -71,7 +71,8 @@ def initial_state(config: LMConfig, batch_size: int, like: Tensor) -> VQState:
     n_code = config.n_code if config.cache else 0
 
     def zeros(*shape: int) -> Tensor:
-        return like.new_zeros(batch_size, *shape)
+        # One zero seen everywhere: nothing writes into a state, so it needs no memory.
+        return like.new_zeros(()).expand(batch_size, *shape)
 
     return VQState(
         zeros(groups, window).long(),
