@@ -325,3 +325,18 @@ def test_softmax_texts_are_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert main(["play", str(folder), "--max-position", "77"]) == 0
     assert [limits.position for limits in seen] == [play.GROWING_POSITION, 77]
     assert torch.is_grad_enabled()
+
+
+def test_the_address_is_told_when_it_can_be_asked(
+    model: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes at once waits for an answer, and is not turned away."""
+    came: list[socket.socket] = []
+
+    def announce(url: str) -> None:
+        port = int(url.split(":")[2].split("/")[0])
+        came.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+
+    monkeypatch.setattr(play.uvicorn.Server, "run", lambda self, sockets: None)
+    play.serve(play.Playground(model), "127.0.0.1", 0, announce)
+    came[0].close()

@@ -1,5 +1,6 @@
 """What goes wrong in a training: nothing that was saved is lost, and the message has a way out."""
 
+import contextlib
 import errno
 import json
 import os
@@ -197,6 +198,21 @@ def test_a_log_that_cannot_be_written_is_a_warning(
     assert len(warnings) == 4
     assert all("cannot write the log (No space left on device)" in x for x in warnings)
     assert newest_checkpoint(run) == run / "checkpoints/step-00000006"
+
+
+def test_an_error_stream_on_a_full_disk_is_no_obstacle(
+    data: Corpus, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that logs to a file there goes on, and a command keeps its exit code."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full, a disk that is always full")
+    with monkeypatch.context() as patch, open(full, "w", buffering=1) as stream:
+        patch.setattr(sys, "stderr", stream)
+        assert trainer(data, run, eval_every=2).fit().step == 6
+        assert cli.main(["train", "--resume", str(tmp_path / "none")]) == cli.EXIT_USAGE
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 def test_a_folder_left_by_a_killed_save_is_no_checkpoint(data: Corpus, finished: Path) -> None:

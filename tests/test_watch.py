@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny import ALL_OF_IT, DROPOUT, TRAIN, after_step, assert_same, everything, fit, trainer
 
-from vqlm import watch
+from vqlm import checkpoint, watch
 from vqlm.config import TrainConfig
 from vqlm.data import Batch, Corpus
+from vqlm.evaluate import Evaluation
 from vqlm.runlog import Progress
 from vqlm.train import Trainer, TrainingDiverged
 from vqlm.watch import Heartbeat, Judge, Lookout
@@ -101,6 +102,41 @@ def test_steps_are_not_left_out_for_ever(data: Corpus, run: Path) -> None:
     with pytest.raises(TrainingDiverged, match=r"step 4: .* not both finite; the last good .*0002"):
         training.fit()
     assert training.progress.skipped == watch.MOST_SKIPS
+
+
+def test_steps_left_out_now_and_then_are_no_reason_to_stop(data: Corpus, run: Path) -> None:
+    bad = set(range(3, 99, 2))
+    training = trainer(data, run, on_divergence="skip", steps=20)
+    spoil(training, bad)
+    training.fit()
+    assert training.progress.skipped > watch.MOST_SKIPS and training.progress.step == 20
+
+
+def test_what_was_best_before_rolling_back_stays_best(data: Corpus, run: Path) -> None:
+    """The step that is gone back behind was validated, and did better than any later one."""
+    training = trainer(data, run, on_divergence="roll_back", save_every=2, eval_every=3)
+    spoil(training, {4})
+    looks = iter([1.0, 2.0, 3.0, 4.0])
+    training.validate = lambda: Evaluation(next(looks) * 100, 100, 100, ())  # type: ignore
+    training.fit()
+    assert training.progress.best_nats == 1.0
+    facts = checkpoint.load_facts(run / "best")
+    assert facts["step"] == 3 and facts["progress"]["best_nats"] == 1.0
+
+
+def test_the_log_of_what_was_rolled_back_is_forgotten(data: Corpus, run: Path) -> None:
+    """A line is the mean of the steps that led to it, and no speed is below 0."""
+    training = trainer(data, run, on_divergence="roll_back", save_every=4, log_every=4, steps=8)
+    spoil(training, {7})
+    told = after_step(training)
+    training.fit()
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [x for x in lines if "train/bits_per_byte" in x][-1]
+    nats, n_bytes = (
+        sum(map(float, x)) for x in zip(*((s.nats, s.n_bytes) for s in told[-4:]), strict=True)
+    )
+    assert last["train/bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    assert last["step"] == 8 and last["train/tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -54,8 +55,7 @@ NO_COLOR=1 switches colour off, and so does a pipe. VQLM_DEBUG=1 shows where an 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 (a mistake in what was asked for or a file
-    that can't be used), 3 (training diverged), 75 (terminated), 130 (interrupted)."""
+    """Runs one command; returns its exit code, one of those that ``vqlm --help`` lists."""
     parser = _parser()
     # argparse takes words only before or only after the options, a user puts them anywhere.
     args, words = parser.parse_known_args(arguments)
@@ -96,7 +96,8 @@ def _explain(command: str, error: Exception) -> int:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, ImportError):
         text = f"needs {error.name}: pip install 'vqlm[{extra}]'"
-    print(f"vqlm {command}: {_red('error:')} {text}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # it may be a file on a disk that is full
+        print(f"vqlm {command}: {_red('error:')} {text}", file=sys.stderr, flush=True)
     return EXIT_DIVERGED if diverged else EXIT_USAGE
 
 
@@ -108,8 +109,7 @@ def _extra_of(error: ImportError) -> str | None:
 def _red(text: str) -> str:
     """For standard error, unless that is a pipe or colour is not wanted (no-color.org)."""
     unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    plain = unwanted or not sys.stderr.isatty()
-    return text if plain else f"\033[1;31m{text}\033[0m"
+    return text if unwanted or not sys.stderr.isatty() else f"\033[1;31m{text}\033[0m"
 
 
 def _setting_hint(words: Sequence[str], given: Sequence[str]) -> str:

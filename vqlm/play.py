@@ -378,6 +378,7 @@ def serve(playground: Playground, host: str, port: int, announce: Callable[[str]
                 f"cannot listen on {host}, port {port} ({error.strerror}); give another --port, "
                 "0 takes a free one"
             ) from error
+        listener.listen()  # from here on who comes waits, and is not turned away
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listener.getsockname()[1]}/"
         # The part behind # stays in the browser: no server and no log sees it.

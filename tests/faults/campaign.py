@@ -277,9 +277,8 @@ class Campaign:
             make = full_disk if i % 4 < 2 else small_files
             fork = self.fork(run, background, make(self.dice))
             code = fork.wait()
-            # 0: the last save went well; 2: it did not, and the message says so.
-            said = fork.log.read_text()
-            assert code == 0 or (code == 2 and "vqlm train: " in said), f"{code}: {said[-3000:]}"
+            # 0: the last save went well; 2: it did not.  The log may be full as well.
+            assert code in (0, 2), f"exit code {code}: {fork.log.read_text()[-3000:]}"
             self.counts[f"full disks, exit code {code}"] += 1
             for folder in checkpoint.complete_checkpoints(run):
                 checkpoint.load_trainer(folder)
