@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+import vqlm.fused
 from vqlm.fused import d_normalised, gated_linear, norm, normalise, normalised
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -43,6 +44,18 @@ def test_values_and_gradients_are_autograds(name: str, size: float) -> None:
     )
     for a, b in pairs:
         assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+def test_groups_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(2, 5, 7), (2, 5, 7), (3, 7)]
+    inputs = [torch.randn(s).double().requires_grad_() for s in shapes]
+    sides = []
+    for rows in (512, 4):
+        monkeypatch.setattr(vqlm.fused, "ROWS", rows)
+        y = gated_linear(*inputs)
+        sides.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for whole, grouped in zip(*sides, strict=True):
+        assert_close(grouped, whole, **EXACT)
 
 
 def test_the_plain_functions_are_what_normalise_does() -> None:
