@@ -9,11 +9,13 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from vqlm.data import load_corpus
 from vqlm.model import LM
 from vqlm.processes import Processes, launch
 from vqlm.sequence_parallel import Cut
+from vqlm.train import Trainer
 
 
 def train(told: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def train(told: dict[str, Any]) -> dict[str, Any]:
         "norms": torch.stack([x.norm for x in steps]) if steps else torch.zeros(0),
         "n_bytes": [x.n_bytes for x in steps],
         "samples": [s.sample for x in steps for s in x.stats if s is not None],
-        "model": dict(trainer.bare_model.state_dict()),
+        "model": whole(trainer),
         "evaluation": trainer.newest_look and trainer.newest_look[1].summary(),
         "rank": int(os.environ.get("RANK", "0")),
     }
@@ -147,3 +149,9 @@ def cuts(told: dict[str, Any]) -> dict[str, Any]:
     """Several of ``whole_or_part``, then trainings."""
     found = {name: whole_or_part(one) for name, one in told["cuts"].items()}
     return found | {name: train(one) for name, one in told["trainings"].items()}
+
+
+def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The model's tensors, put together from their shards."""
+    found = trainer.bare_model.state_dict()
+    return {k: x.full_tensor() if isinstance(x, DTensor) else x for k, x in found.items()}

@@ -29,6 +29,10 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": dict(model=dict(layer="gau", n_head=1), settings=dict(clip_norm=0.1)),
     # Documents end at other places in the rows of each process, and so do its states.
     "softmax": dict(model=dict(mixers=("softmax", "vq")), settings=dict(context_len=64)),
+    "sharded": dict(
+        model=dict(mixers=("vq", "window"), conv_width=3),
+        settings=tiny.ALL_OF_IT | dict(sharded=True, save_every=3),
+    ),
     "ovq": dict(model=OVQ, settings=dict(optimizer="lion", accumulate=2)),
 }
 
@@ -114,7 +118,7 @@ def test_a_checkpoint_of_two_processes_is_that_of_one(two: Any, texts: Path) -> 
         assert set(got) - set(want) == {"random_state/1"}
         integers = {name for name, x in want.items() if not x.is_floating_point()}
         for name in want.keys() - {"random_state"}:
-            assert_close(got[name], want[name], **CLOSE, msg=name)
+            assert_close(got[name], want[name], **CLOSE, msg=lambda x, n=name: f"{case} {n}: {x}")
         assert integers and facts["progress"]["tokens"] == more["progress"]["tokens"]
         assert not torch.equal(got["random_state"], got["random_state/1"])
 

@@ -234,7 +234,7 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def save_best(run: Path, model: LM, info: dict[str, Any], medium: Medium) -> None:
+def save_best(run: Path, model: LM | Weights, info: dict[str, Any], medium: Medium) -> None:
     """Writes ``RUN/best``: a model and facts about it, without what resuming needs.
 
     Raises:

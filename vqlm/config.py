@@ -223,6 +223,9 @@ class TrainConfig:
     """"bfloat16" runs matrix products in it, under autocast; "auto": where that is faster."""
     sequence_parallel: int = 1
     """Processes that each sequence is cut over; as many times fewer share the rows of the batch."""
+    sharded: bool = False
+    """Cut parameters, gradients and optimizer state over all processes (FSDP2), so that a larger
+    model fits; with adamw, and without absolute_position.  One process has them all."""
     checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
     compile: bool = False

@@ -98,7 +98,8 @@ class ShortConvolution(nn.Module):
     def init_state(self, batch_size: int) -> Float[Tensor, "B past D"]:
         """The empty memory of ``batch_size`` rows."""
         width, n_channel = self.weight.shape
-        return self.weight.new_zeros(batch_size, width - 1, n_channel)
+        like = self.weight  # which may be sharded: a state is not
+        return torch.zeros(batch_size, width - 1, n_channel, dtype=like.dtype, device=like.device)
 
     def forward(
         self,

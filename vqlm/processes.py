@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,36 +27,69 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+)
 from einops import rearrange
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vqlm import checkpoint
 from vqlm.codebook import SAMPLES_PER_ROW, CodeStats
-from vqlm.config import TrainConfig
+from vqlm.config import LMConfig, TrainConfig
 from vqlm.data import Lanes
 from vqlm.model import LM, LMState
 from vqlm.optimizers import state_tensors
 from vqlm.precision import fastest
-from vqlm.sequence_parallel import Cut
+from vqlm.sequence_parallel import Cut, require_cuttable
 
 T = TypeVar("T")
 
 Stats = tuple[CodeStats | None, ...]
 
 
-def launch(precision: str) -> Accelerator:
-    """Joins the other processes, if there are any.  Processes without accelerator use gloo."""
+def launch(precision: str, sharded: bool = False) -> Accelerator:
+    """Joins the other processes, if there are any.  Processes without accelerator use gloo.
+
+    ``sharded``: parameters, gradients and optimizer state are cut over all processes (FSDP2).
+    """
     cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     if precision == "auto":
         precision = fastest(PartialState(cpu=cpu).device.type)
     # Accelerate refuses a second precision in one process otherwise.
     AcceleratorState._reset_state()
-    return Accelerator(
-        cpu=cpu, mixed_precision="bf16" if precision == "bfloat16" else "no",
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Layer"], cpu_ram_efficient_loading=False,
+    ) if sharded and many else None  # fmt: skip
+    accelerator = Accelerator(
+        fsdp_plugin=plugin, cpu=cpu, mixed_precision="bf16" if precision == "bfloat16" else "no",
         # Codebooks are the same everywhere already: they learn from the sums of all.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )  # fmt: skip
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate itself takes up the plugin on accelerators only; FSDP2 runs on gloo as well.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    # States and statistics are views, and nothing changes them in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    return accelerator
+
+
+def whole(x: Tensor) -> Tensor:
+    """``x``, put together by all processes if each has a shard of it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _cut_like(x: Tensor, like: Tensor) -> Tensor:
+    """``x``, which all processes have, as a tensor cut as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class Processes:
@@ -95,6 +130,30 @@ class Processes:
                 mesh_dim_names=("data", "sequence"),
             )  # fmt: skip
             self.cut = Cut(mesh.get_group("sequence"))
+
+    def require_fitting(self, config: LMConfig) -> None:
+        """Nothing, if a model of ``config`` can be trained by these processes.
+
+        Raises:
+            ValueError: its sequences cannot be cut, or its parameters cannot be sharded.
+        """
+        if self.cut is not None:
+            require_cuttable(config, self.config.seq_len // self.config.sequence_parallel)
+        if self.config.sharded and self.config.optimizer != "adamw":
+            raise ValueError(
+                f"sharded=true goes with optimizer=adamw, not {self.config.optimizer}, which was "
+                "not tried on parameters that are cut; choose adamw, or sharded=false"
+            )
+        if self.config.sharded and config.absolute_position:
+            raise ValueError(
+                "absolute_position has a parameter without dimensions, which FSDP2 cannot cut; "
+                "set absolute_position=false, or sharded=false"
+            )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are cut over the processes."""
+        return self.config.sharded and self.count > 1
 
     @property
     def is_main(self) -> bool:
@@ -263,11 +322,57 @@ class Processes:
         for name, x in random.items():
             each = enumerate(self.collect(x))
             tensors |= {f"{name}/{rank}" if rank else name: one for rank, one in each}
-        tensors |= {f"optimizer/{name}": x for name, x in state_tensors(optimizer).items()}
+        moments = self.whole(state_tensors(optimizer))
+        tensors |= {f"optimizer/{name}": x for name, x in moments.items()}
         for part, state in enumerate(states):
             collected = self.collect_state(state) if state is not None else []
             tensors |= {f"state/{part}/{index}": x for index, x in enumerate(collected)}
         return tensors
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors put together from their shards, on the CPU of the main process; elsewhere what
+        was sharded is left out.  What is not sharded stays as it is."""
+        found = {}
+        for name, x in tensors.items():
+            if isinstance(x, DTensor):
+                x = whole(x)
+                if not self.is_main:
+                    continue
+                x = x.cpu()
+            found[name] = x
+        return found
+
+    def load_weights(self, model: LM, path: Path) -> None:
+        """``checkpoint.load_weights``, also into a model that is sharded.
+
+        Raises:
+            ValueError: as that.
+        """
+        if not self.is_sharded:
+            checkpoint.load_weights(model, path)
+            return
+        loaded = LM(model.config)
+        checkpoint.load_weights(loaded, path)
+        tensors = loaded.state_dict()
+        with torch.no_grad():
+            for name, x in model.state_dict().items():
+                x.copy_(_cut_like(tensors[name].to(x.device), x))
+
+    def cut_moments(
+        self, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    ) -> dict[str, Tensor]:
+        """The optimizer's state among the tensors of a checkpoint, cut as its parameters are."""
+        like = {
+            f"optimizer/{name}/": p
+            for group in optimizer.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        }
+        found = dict(tensors)
+        for name, x in tensors.items():
+            p = like.get(name[: name.rfind("/") + 1])
+            if p is not None and x.shape == p.shape and x.ndim:
+                found[name] = _cut_like(x.to(p.device), p)
+        return found
 
     def load_random_states(self, tensors: dict[str, Tensor], step: int) -> None:
         """Goes on with the random numbers of this process; with new ones if there were fewer

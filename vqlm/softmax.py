@@ -110,7 +110,7 @@ class SoftmaxAttention(nn.Module):
         n_slot = self.config.window if self.window_only else 0
 
         def zeros(*shape: int) -> Tensor:
-            return like.new_zeros(batch_size, *shape)
+            return torch.zeros(batch_size, *shape, dtype=like.dtype, device=like.device)
 
         groups = self.config.kv_heads
         return SoftmaxState(

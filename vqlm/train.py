@@ -30,7 +30,7 @@ from vqlm.optimizers import (
     share_after_warmup,
 )
 from vqlm.precision import repeatable
-from vqlm.processes import Processes, launch
+from vqlm.processes import Processes, launch, whole
 from vqlm.resume import (
     damaged,
     load_optimizer,
@@ -41,7 +41,6 @@ from vqlm.resume import (
 )
 from vqlm.runlog import NoLog, Progress, RunLog, StepSums
 from vqlm.saver import Saver, copied
-from vqlm.sequence_parallel import require_cuttable
 from vqlm.watch import Heartbeat, Judge, Lookout, TrainingDiverged
 
 
@@ -57,10 +56,9 @@ class Trainer:
         out: Path,
     ) -> None:  # fmt: skip
         self.config, self.corpus, self.source, self.out = config, corpus, source, out
-        self.accelerator = launch(config.precision)
+        self.accelerator = launch(config.precision, config.sharded)
         self.processes = Processes(self.accelerator, config)
-        if self.processes.cut is not None:
-            require_cuttable(model_config, config.seq_len // config.sequence_parallel)
+        self.processes.require_fitting(model_config)
         if "softmax" in model_config.mixers and config.context_len is None:
             raise ValueError(
                 "a softmax mixer remembers every token, so its state would grow without end; "
@@ -156,6 +154,7 @@ class Trainer:
         largest = math.inf if self.config.clip_norm is None else self.config.clip_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
         assert norm is not None
+        norm = whole(norm)
         if self.judge.at_every_step:
             wrong = self.judge.verdict(nats.item() / self.n_token, norm.item())
             if wrong is not None:
@@ -240,8 +239,8 @@ class Trainer:
                 the save before that has failed.
         """
         tensors = self.processes.tensors_of_all(self.optimizer.optimizer, self.states)
-        self.require_finite([*self.bare_model.state_dict().values(), *tensors.values()])
-        step, weights = self.progress.step, self.bare_model.state_dict()
+        step, weights = self.progress.step, self.processes.whole(self.bare_model.state_dict())
+        self.require_finite([*weights.values(), *tensors.values()])
         if background and self.processes.is_main:
             weights, tensors = copied(weights), copied(tensors)
         write = functools.partial(
@@ -282,11 +281,12 @@ class Trainer:
         folder, tensors, info = checkpoint.load_newest_valid(self.out, report)
         require_same_model(checkpoint.read_config(folder / "config.json"), self.bare_model.config)
         require_same_data(folder, info, self.config, self.corpus)
-        checkpoint.load_weights(self.bare_model, folder / "model.safetensors")
+        self.processes.load_weights(self.bare_model, folder / "model.safetensors")
         try:
             self.progress = read_progress(info)
             if self.progress.step > 0:
-                load_optimizer(self.optimizer.optimizer, tensors)
+                optimizer = self.optimizer.optimizer
+                load_optimizer(optimizer, self.processes.cut_moments(tensors, optimizer))
                 empty = self.bare_model.init_state(self.processes.rows)
                 own = {name: self.processes.own_rows(name, x) for name, x in tensors.items()}
                 self.states = [*load_states(empty, self.config.accumulate, own)]
@@ -418,12 +418,14 @@ class Trainer:
         nats = result.nats / result.n_tokens
         if self.progress.best_nats is None or nats < self.progress.best_nats:
             # A weight that this text does not touch could be hidden from its loss.
-            self.require_finite(self.bare_model.state_dict().values())
+            weights = self.processes.whole(self.bare_model.state_dict())
+            self.require_finite(weights.values())
+            best = checkpoint.Weights(self.bare_model.config, weights)
             self.progress.best_nats = nats
             facts = {"step": self.progress.step, **self._facts()}
             try:
                 self.processes.on_main(
-                    lambda: checkpoint.save_best(self.out, self.bare_model, facts, self.medium)
+                    lambda: checkpoint.save_best(self.out, best, facts, self.medium)
                 )
             except OSError as error:
                 log.note(f"warning: {error}; training goes on")

@@ -72,7 +72,7 @@ def initial_state(config: LMConfig, batch_size: int, like: Tensor) -> VQState:
 
     def zeros(*shape: int) -> Tensor:
         # One zero seen everywhere: nothing writes into a state, so it needs no memory.
-        return like.new_zeros(()).expand(batch_size, *shape)
+        return torch.zeros((), dtype=like.dtype, device=like.device).expand(batch_size, *shape)
 
     return VQState(
         zeros(groups, window).long(),
