@@ -20,8 +20,11 @@ from torch.testing import assert_close
 from vqlm import checkpoint
 from vqlm.data import Lanes, load_corpus
 
-STEPS = 50 if os.environ.get("VQLM_LONG") else 6
+LONG = bool(os.environ.get("VQLM_LONG"))
+STEPS = 50 if LONG else 6
 CLOSE = dict(atol=1e-12, rtol=1e-12)
+# Adam divides gradients that are next to nothing by their own size: rounding grows with the steps.
+WEIGHTS = dict(atol=1e-10, rtol=1e-9) if LONG else CLOSE
 
 OVQ = dict(mixers=("ovq", "window"), n_entry=12, chunk=8, conv_width=3)
 CASES: dict[str, dict[str, Any]] = {
@@ -86,12 +89,14 @@ def test_two_processes_train_as_one(case: str, one: Any, two: Any) -> None:
         assert got["n_bytes"] == want["n_bytes"]
         assert_close(got["losses"], want["losses"], **CLOSE)
         assert_close(got["norms"], want["norms"], **CLOSE)
-        assert_close(got["model"], want["model"], **CLOSE)
+        assert_close(got["model"], want["model"], **WEIGHTS)
+        books = [name for name in want["model"] if "codebook" in name]
+        assert (case == "ovq") or books
+        for name in books:
+            assert_close(got["model"][name], want["model"][name], **CLOSE, msg=name)
         for name, value in want["evaluation"].items():
             close = None if value is None else pytest.approx(value, rel=1e-12)
             assert got["evaluation"][name] == close, name
-    books = [name for name in one[case]["model"] if name.endswith("key_count")]
-    assert (case == "ovq") or books  # the codebooks are among what was compared
 
 
 def test_dead_codes_are_revived_from_the_samples_of_all(one: Any, two: Any) -> None:
@@ -106,7 +111,7 @@ def test_a_run_goes_on_with_other_processes(one: Any, two: Any, texts: Path) -> 
     assert [len(x) for x in losses] == [2, 2]
     last = alone(told("vq", texts, "cut", resume=True))
     assert_close(torch.cat([*losses, last["losses"]]), one["vq"]["losses"], **CLOSE)
-    assert_close(last["model"], one["vq"]["model"], **CLOSE)
+    assert_close(last["model"], one["vq"]["model"], **WEIGHTS)
 
 
 def test_a_checkpoint_of_two_processes_is_that_of_one(two: Any, texts: Path) -> None:
@@ -118,9 +123,18 @@ def test_a_checkpoint_of_two_processes_is_that_of_one(two: Any, texts: Path) -> 
         assert set(got) - set(want) == {"random_state/1"}
         integers = {name for name, x in want.items() if not x.is_floating_point()}
         for name in want.keys() - {"random_state"}:
-            assert_close(got[name], want[name], **CLOSE, msg=lambda x, n=name: f"{case} {n}: {x}")
+            x, y = got[name], want[name]
+            if case == "softmax" and name in ("state/0/0", "state/0/1"):  # keys and values
+                x, y = (used(z, want["state/0/2"]) for z in (x, y))
+            assert_close(x, y, **WEIGHTS, msg=f"{case} {name}")
         assert integers and facts["progress"]["tokens"] == more["progress"]["tokens"]
         assert not torch.equal(got["random_state"], got["random_state/1"])
+
+
+def used(x: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Slots of a softmax mixer's state with 0 in those that are not in use."""
+    age = torch.arange(x.shape[2], 0, -1)
+    return x * (age <= length[:, None])[:, None, :, None]
 
 
 def test_all_hear_what_came_of_it_in_the_main_process(two: Any) -> None:

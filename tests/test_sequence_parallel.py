@@ -20,6 +20,8 @@ from vqlm.train import Trainer
 
 LONG = bool(os.environ.get("VQLM_LONG"))
 CLOSE = dict(atol=1e-12, rtol=1e-12)
+# As in test_processes.py.
+WEIGHTS = dict(atol=1e-10, rtol=1e-9) if LONG else CLOSE
 
 # Documents end in every part, in some rows more than once, in some not at all.
 CASES: dict[str, dict[str, Any]] = {
@@ -112,7 +114,8 @@ def test_a_training_of_cut_sequences_is_the_uncut_one(whole: Any, parts: list[An
             assert got["n_bytes"] == want["n_bytes"]
             seen = ["samples"] if name == "vq-training" else []  # which alone revives codes
             for what in ("losses", "norms", "model", *seen):
-                assert_close(got[what], want[what], **CLOSE, msg=f"{name}: {what}")
+                close = WEIGHTS if what == "model" else CLOSE
+                assert_close(got[what], want[what], **close, msg=f"{name}: {what}")
             assert got["evaluation"]["nats_per_token"] == pytest.approx(
                 want["evaluation"]["nats_per_token"], rel=1e-12
             )
