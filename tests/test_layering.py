@@ -33,7 +33,7 @@ ROWS = [
     {"charts", "patching", "watch", "resume"},
     {"patched_files"},
     {"__init__"},
-    {"processes"},
+    {"processes", "scaling"},
     {"train", "environment", "play", "report", "hf", "adapt", "bench_attention", "bench_peers"},
     {"presets", "bench_model"},
     {"bench_official", "bench_decode"},

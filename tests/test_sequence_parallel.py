@@ -15,6 +15,7 @@ import tiny
 import torch
 from torch.testing import assert_close
 
+from vqlm.scaling import cut_traffic
 from vqlm.sequence_parallel import require_cuttable
 from vqlm.train import Trainer
 
@@ -126,6 +127,17 @@ def test_what_is_sent_does_not_grow_with_the_sequence(parts: list[Any]) -> None:
         pytest.skip("only two processes have sequences of two lengths")
     for part in parts:
         assert part["vq"]["sent"] == part["longer"]["sent"] > 0
+
+
+def test_what_is_sent_is_what_the_cost_model_says(parts: list[Any]) -> None:
+    for name in CASES:
+        # With checkpointing the forward pass sends twice, which the model leaves out.
+        if name in parts[0] and not CASES[name].get("checkpointing"):
+            config = dataclasses.replace(tiny.MODEL, **CASES[name]["model"])
+            want = cut_traffic(config, rows=3, parts=len(parts), width=8)
+            sent = [part[name]["sent"] for part in parts]
+            assert sum(sent) == 2 * want.total, name  # two calls
+            assert max(sent) <= 2 * want.most
 
 
 @pytest.mark.parametrize(
