@@ -7,7 +7,9 @@ import pytest
 import tiny
 
 from vqlm.config import LMConfig
-from vqlm.scaling import Machine, cut_traffic, forward_flops, shared_bytes, step_seconds, table
+from vqlm.flops import model_flops
+from vqlm.model import LM
+from vqlm.scaling import Machine, cut_traffic, shared_bytes, step_seconds, table
 
 PAGE = (Path(__file__).parents[1] / "docs/scaling.md").read_text(encoding="utf-8")
 PAPER = LMConfig(
@@ -28,14 +30,12 @@ def test_one_process_sends_nothing() -> None:
     assert cut_traffic(PAPER, 4, 1).total == shared_bytes(PAPER, 1) == 0
     found = step_seconds(PAPER, 1 << 20, 4, 1, 1, Machine(speed=1e12))
     assert found["cut"] == found["shared"] == 0
-    assert found["compute"] == pytest.approx(12 * forward_flops(PAPER, 1 << 20) / 1e12)
+    assert found["compute"] == pytest.approx(12 * model_flops(PAPER, 1 << 20) / 1e12)
 
 
 def test_what_is_shared_is_gradients_and_statistics() -> None:
     """By hand: a ring of 2 sends half of everything twice."""
     config = dataclasses.replace(tiny.MODEL, mixers=("window",))
-    from vqlm.model import LM
-
     n_parameter = sum(p.numel() for p in LM(config).parameters())
     assert shared_bytes(config, 2) == (2 * n_parameter + 2) * 4 // 2
     assert shared_bytes(config, 2, sharded=True) == (3 * n_parameter + 2) * 4 // 2

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from vqlm.config import LMConfig, override, setting_pairs
+from vqlm.flops import model_flops
 from vqlm.model import LM
 from vqlm.sequence_parallel import Cut
 
@@ -140,7 +141,7 @@ def step_seconds(
             "both must divide"
         )
     rows, processes = batch_size // data, parts * data
-    compute = 3 * rows * forward_flops(config, seq_len) / parts / machine.speed
+    compute = 3 * rows * model_flops(config, seq_len) / parts / machine.speed
     n_ovq = sum(config.mixer_of(i) == "ovq" for i in range(config.n_layer))
     share = n_ovq / config.n_layer
     if n_ovq:
@@ -150,12 +151,6 @@ def step_seconds(
     shared = shared_bytes(config, processes, machine.width) / machine.bandwidth
     shared += 4 * (processes - 1).bit_length() * machine.latency
     return {"compute": compute, "cut": cut, "shared": shared, "step": compute + cut + shared}
-
-
-def forward_flops(config: LMConfig, seq_len: int) -> int:
-    """Operations of a forward pass over one row of an uncut sequence."""
-    with torch.device("meta"):
-        return LM(config).flops(seq_len)
 
 
 def measure(config: LMConfig, seq_len: int, repeats: int = 3) -> dict[str, Any]:
