@@ -88,7 +88,7 @@ def parts(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     argument = arguments(folder, count, 2)
     if count == 4 and not LONG:
         argument["cuts"] = {name: argument["cuts"][name] for name in ("documents", "mixed")}
-        argument["trainings"].pop("ovq-training")
+        argument["trainings"] = {"vq-training": argument["trainings"]["vq-training"]}
     return ranks.run("rank_programs:cuts", count, folder / f"cut-{count}", argument)
 
 

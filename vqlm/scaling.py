@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from dataclasses import dataclass
@@ -95,6 +96,13 @@ def _layer(config: LMConfig, index: int, rows: int, parts: int, width: int) -> l
     return found
 
 
+@functools.cache
+def _shapes(config: LMConfig) -> LM:
+    """A model without numbers."""
+    with torch.device("meta"):
+        return LM(config)
+
+
 def cut_traffic(config: LMConfig, rows: int, parts: int, width: int = 4) -> Sent:
     """What cutting sequences in ``parts`` sends in a step on ``rows`` rows; no length is in it."""
     if parts == 1:
@@ -106,7 +114,7 @@ def cut_traffic(config: LMConfig, rows: int, parts: int, width: int = 4) -> Sent
         Sent(sum(parts - s for s in steps) * lengths, len(steps) * lengths, 2 * len(steps))
     )
     with torch.device("meta"):
-        state = LM(config).init_state(rows)
+        state = _shapes(config).init_state(rows)
     n_float = sum(x.numel() for x in state.tensors() if x.is_floating_point())
     n_int = sum(x.numel() for x in state.tensors() if not x.is_floating_point())
     last = n_float * width + n_int * LENGTH_BYTES
@@ -117,8 +125,7 @@ def cut_traffic(config: LMConfig, rows: int, parts: int, width: int = 4) -> Sent
 def shared_bytes(config: LMConfig, processes: int, width: int = 4, sharded: bool = False) -> int:
     """Bytes that each process sends in a step for gradients, codebook statistics, and parameters
     if these are sharded, when rings of ``processes`` add them up and spread them."""
-    with torch.device("meta"):
-        model = LM(config)
+    model = _shapes(config)
     n_parameter = sum(p.numel() for p in model.parameters())
     books = [b for b in model.codebooks() if b is not None]
     n_stat = sum(b.key_sum.numel() + b.key_count.numel() + 2 * config.kv_heads for b in books)
