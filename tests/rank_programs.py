@@ -9,6 +9,7 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from vqlm.data import load_corpus
@@ -127,7 +128,8 @@ def whole_or_part(told: dict[str, Any]) -> dict[str, Any]:
         out = model(inputs[:, part], state, starts=starts[index][:, part])
         state = out.state.detach()
         logits.append(out.logits.detach())
-        loss = loss + out.objective(targets[:, part], 0.1, n_token=inputs.numel()).loss
+        nats = F.cross_entropy(out.logits.mT, targets[:, part], reduction="sum")
+        loss = loss + (nats + 0.1 * out.commitment()) / inputs.numel()
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     stats = [

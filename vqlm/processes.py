@@ -33,6 +33,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
 )
 from einops import rearrange
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -80,7 +81,7 @@ def launch(precision: str, sharded: bool = False) -> Accelerator:
     return accelerator
 
 
-def whole(x: Tensor) -> Tensor:
+def whole(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """``x``, put together by all processes if each has a shard of it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 

@@ -171,8 +171,8 @@ def measure(config: LMConfig, seq_len: int, repeats: int = 3) -> dict[str, Any]:
     tokens = torch.randint(3, config.vocab_size, (1, length + 1))
 
     def step() -> None:
-        out = model(tokens[:, :-1])
-        out.objective(tokens[:, 1:], 0.0).loss.backward()
+        out = model(tokens[:, :-1], targets=tokens[:, 1:])
+        out.objective(0.0, length).loss.backward()
 
     tiny, large = torch.zeros(1), torch.zeros(1 << 20)
     latency = _seconds(lambda: cut.exchange(tiny, 1), 50)
