@@ -20,6 +20,9 @@ LABELS = {
     "llama-static": "Llama, static cache", "gated-deltanet": "Gated DeltaNet",
 }  # fmt: skip
 
+LABEL: Any = {"fontweight": "bold", "linespacing": 1.3}
+"""How labels are written."""
+
 TITLES = {
     "attention": "Time per token of attention alone",
     "model": "Time per token of a training step",
@@ -73,6 +76,7 @@ def _us_per_token(row: Row, ms: float) -> float:
 def _draw_lines(axes: Any, rows: Sequence[Row]) -> None:
     """Medians as lines with a label at the end of each, quartiles as bars."""
     names = list(dict.fromkeys(row["mixer"] for row in rows))
+    ends: list[tuple[float, Row, str]] = []
     highest = 0.0
     for index, name in enumerate(names):
         own = [row for row in rows if row["mixer"] == name]
@@ -87,13 +91,9 @@ def _draw_lines(axes: Any, rows: Sequence[Row]) -> None:
             [row["seq_len"] for row in own], middle, errors, color=colour, linewidth=2,
             marker="os^Dv<"[index % 6], markersize=5, capsize=3,
         )  # fmt: skip
-        axes.annotate(
-            f"{LABELS.get(name, name)}\n" + _in_words(own[-1], middle[-1]),
-            (own[-1]["seq_len"], high[-1]), xytext=(0, 8), textcoords="offset points",
-            ha="right", color=colour, fontweight="bold", linespacing=1.3,
-            bbox={"facecolor": "white", "linewidth": 0, "pad": 1},
-        )  # fmt: skip
+        ends.append((high[-1], own[-1], colour))
         highest = max(highest, *high)
+    _label_ends(axes, ends, highest)
     ticks = sorted({row["seq_len"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [binary(n) for n in ticks])
@@ -107,6 +107,23 @@ def _draw_lines(axes: Any, rows: Sequence[Row]) -> None:
     axes.grid(axis="y", color="#e4e4e4")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _label_ends(axes: Any, ends: list[tuple[float, Row, str]], highest: float) -> None:
+    """A label above the end of each line; of three lines and more, all of them at the upper left,
+    the highest first, since ends may be close."""
+    ends = sorted(ends, key=lambda end: -end[0])
+    for index, (height, row, colour) in enumerate(ends):
+        us = _in_words(row, _us_per_token(row, row["ms_median"]))
+        text = LABELS.get(row["mixer"], row["mixer"])
+        if len(ends) <= 2:
+            at = (row["seq_len"], height + 0.03 * highest)
+            axes.text(*at, f"{text}\n{us}", ha="right", va="bottom", color=colour, **LABEL)
+        else:
+            at = (0.02, 0.96 - 0.07 * index)
+            axes.text(
+                *at, f"{text}: {us}", va="top", color=colour, transform=axes.transAxes, **LABEL
+            )
 
 
 def _in_words(row: Row, us: float) -> str:

@@ -289,24 +289,30 @@ class _Attend(torch.autograd.Function):
             normaliser[:, :, block.begin : block.end] = norm.view(*shape[:3], 1)
             call.file_(index, sums)
         if keep:
-            none = x.key.new_empty(0)
-            ctx.save_for_backward(*x._replace(key=none, sums=none), out, normaliser, *kept)
+            # Of the sums only their number is of use.
+            none = x._replace(key=x.key.new_empty(0), sums=x.sums.new_empty(*x.sums.shape[:3], 0))
+            ctx.save_for_backward(*none, out, normaliser, *kept)
             ctx.schedule, ctx.every, ctx.cache_grad = schedule, every, cache_grad
             ctx.shifts, ctx.scale = call.shifts, scale
+            ctx.set_materialize_grads(False)
         return out, call.out_of_order(sums)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_sums: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_out: Tensor | None, d_sums: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         n, saved = len(Tensors._fields), ctx.saved_tensors
         x, (out, normaliser, *kept) = Tensors(*saved[:n]), saved[n:]
         call = _Call(x, ctx.schedule, ctx.shifts, ctx.scale)
-        grads = _Gradients(call, d_sums, ctx.cache_grad)
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        wants_sums = ctx.needs_input_grad[Tensors._fields.index("sums") - n]
+        grads = _Gradients(call, d_sums, ctx.cache_grad, wants_sums)
         n_block = len(ctx.schedule.blocks)
         for segment in reversed(range(len(kept))):
             begin, end = segment * ctx.every, min((segment + 1) * ctx.every, n_block)
             # What was not kept are slots that nothing had been filed under.
-            n_empty = call.n_code - kept[segment].shape[1]
+            n_empty = x.sums.shape[2] - kept[segment].shape[1]
             sums = [F.pad(kept[segment], (0, 0, 0, n_empty))]
             for index in range(begin, end - 1):
                 sums.append(sums[-1].clone())
@@ -319,15 +325,20 @@ class _Attend(torch.autograd.Function):
 class _Gradients:
     """Gradients of all tensors of a call, grown block by block from the last to the first."""
 
-    def __init__(self, call: _Call, d_sums: Tensor, cache_grad: bool) -> None:
-        self.call, self.cache_grad = call, cache_grad
+    def __init__(
+        self, call: _Call, d_sums: Tensor | None, cache_grad: bool, wants_sums: bool
+    ) -> None:
+        self.call, self.cache_grad, self.wants_sums = call, cache_grad, wants_sums
         x, groups, joined = call.x, call.batch * call.groups, call.window + call.n_token
         self.query = torch.empty_like(x.query)
         self.key = x.query.new_zeros(groups, joined, x.query.shape[-1])
         self.value = x.value.new_zeros(groups, joined, x.value.shape[-1])
         self.content, self.position = (torch.zeros_like(b) for b in (x.content, x.position))
         self.rows = torch.zeros_like(call.rows)
-        self.sums = call.in_order(d_sums[..., :-1])
+        if d_sums is None:
+            self.sums = x.value.new_zeros(groups, x.sums.shape[2], x.value.shape[-1])
+        else:
+            self.sums = call.in_order(d_sums[..., :-1])
 
     def add_block(
         self, index: int, sums: Tensor, d_out: Tensor, out: Tensor, normaliser: Tensor
@@ -390,10 +401,11 @@ class _Gradients:
         call, window = self.call, self.call.window
         key, value = (x.unflatten(0, (call.batch, -1)) for x in (self.key, self.value))
         rows = self.rows.unflatten(0, (call.batch, -1)).sum(0).flip(1)
-        sums = F.pad(call.out_of_order(self.sums), (0, 1))
+        sums = F.pad(call.out_of_order(self.sums), (0, 1)) if self.wants_sums else None
         return Tensors(
             self.query, key[:, :, window:], value[:, :, window:], self.content, self.position,
-            rows, key[:, :, :window], value[:, :, :window], sums, None,  # type: ignore[arg-type]
+            rows, key[:, :, :window], value[:, :, :window],
+            sums, None,  # type: ignore[arg-type]
         )  # fmt: skip
 
 
