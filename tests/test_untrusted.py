@@ -258,6 +258,8 @@ def test_json_too_deep_is_refused(content: bytes, finished: Path) -> None:
         ("progress", 7),
         ("lanes", {}),
         ("lanes", {"cursor": "x"}),
+        ("lanes", {"cursor": 1.5}),
+        ("lanes", {"cursor": 10**30}),
         ("lanes", []),
         ("judge", {"losses": ["x"]}),
         ("judge", 5),

@@ -344,10 +344,10 @@ class Lanes:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on just after the batch at which `state` was taken.
 
-        Raises ValueError for a cursor below 0 or missing.
+        Raises ValueError for a cursor that is missing, below 0, or no number of batches.
         """
         cursor = state.get("cursor", -1)
-        if cursor < 0:
+        if type(cursor) is not int or not 0 <= cursor < 1 << 40:
             raise ValueError(f"Lanes: got state {state}, wanted {{'cursor': number of batches}}")
         self._cursor = cursor
 
