@@ -122,14 +122,11 @@ class _GatedLinear(torch.autograd.Function):
         d_weight, wide = torch.zeros_like(weight), weight.to(d.dtype)
         rows = (x.flatten(0, -2).split(ROWS) for x in (d, gate, value, d_gate, d_value))
         for part, g, v, to_gate, to_value in zip(*rows, strict=True):
-            switch = torch.sigmoid(g)
-            silu = g * switch
+            silu = F.silu(g)
             d_weight += part.mT @ (silu * v).to(d.dtype)
             d_product = part @ wide
-            # silu' = s (1 + g (1 - s)) = s + silu (1 - s)
-            slope = torch.addcmul(switch, silu, 1 - switch)
-            to_gate.copy_(slope.mul_(v).mul_(d_product))
             to_value.copy_(silu.mul_(d_product))
+            to_gate.copy_(torch.ops.aten.silu_backward(d_product.mul_(v).to(g.dtype), g))
         return d_gate, d_value, d_weight
 
 
