@@ -158,7 +158,7 @@ def test_an_official_checkpoint_becomes_a_run_folder(folder: Path, capsys: Captu
         (["c"], "the official configuration has no 'mem_len'"),
         (["c", "--config", "settings.json", "n_code=7"], "n_code=7 was given, but the param"),
         (["full", "--config", "settings.json"], "full is not empty"),
-        (["c", "--config", "list.json"], "no JSON object"),
+        (["c", "--config", "list.json"], "holds a JSON list, wanted an object"),
     ],
 )
 def test_imports_that_do_not_fit(
