@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vqlm.codebook import CodeStats
+from vqlm.fused import at_least_float32
 from vqlm.ovq import OVQState
 from vqlm.softmax import SoftmaxState
 from vqlm.vq import VQAux, VQState
@@ -83,14 +84,14 @@ class LMOutput(NamedTuple):
         None: by all B T of this call, counted or not, as the official implementation does.
         The commitment term counts the tokens that were ``learned`` in ``LM.forward``.
         """
-        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        logits = at_least_float32(self.logits)
         each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         nats = (each if counted is None else each * counted.flatten()).sum()
         return Scored(nats, self.state, self.aux).objective(commitment, n_token or targets.numel())
 
     def stats(self) -> tuple[CodeStats | None, ...]:
         """Codebook statistics, one a layer; None where there is no codebook or none asked for."""
-        return tuple(None if aux is None else aux.stats for aux in self.aux)
+        return _stats(self.aux)
 
 
 class Scored(NamedTuple):
@@ -110,7 +111,11 @@ class Scored(NamedTuple):
 
     def stats(self) -> tuple[CodeStats | None, ...]:
         """As ``LMOutput.stats``."""
-        return tuple(None if aux is None else aux.stats for aux in self.aux)
+        return _stats(self.aux)
+
+
+def _stats(auxes: tuple[VQAux | None, ...]) -> tuple[CodeStats | None, ...]:
+    return tuple(None if aux is None else aux.stats for aux in auxes)
 
 
 def _commitment(auxes: tuple[VQAux | None, ...], like: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vqlm import ovq, softmax, vq
 from vqlm.data import Split
+from vqlm.fused import at_least_float32
 from vqlm.model import LM, Layer
 from vqlm.vocabulary import END
 
@@ -194,7 +195,7 @@ def loss_by_position(
         for part, wanted in zip(inputs.split(seq_len, 1), targets.split(seq_len, 1), strict=True):
             out = model(part, state, with_stats=False)
             state = out.state
-            logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
+            logits = at_least_float32(out.logits)
             each = F.cross_entropy(logits.mT, wanted, reduction="none")
             nats.append(each.cpu())
     finally:
