@@ -20,7 +20,7 @@ ROWS = [
     {"segments"},
     {"figures", "settings", "precision", "sealed", "timing", "loss"},
     {"layers", "data", "vq_schedule", "chunks", "dictionary", "bench_limit", "bench_plot"},
-    {"flops"},
+    {"flops", "vq_call"},
     {"vq_kernel", "ovq_kernel", "vq_step"},
     {"vq", "softmax", "ovq", "prepared"},
     {"vq_parallel", "patch_attention"},

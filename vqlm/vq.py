@@ -34,7 +34,8 @@ from vqlm.fused import normalised
 from vqlm.layers import AttentionProjections, RelativeBias
 from vqlm.segments import Segments, last_slots
 from vqlm.sequence_parallel import Cut
-from vqlm.vq_kernel import Tensors, attend
+from vqlm.vq_call import Tensors
+from vqlm.vq_kernel import attend
 from vqlm.vq_schedule import Schedule
 from vqlm.vq_step import Step, attend_once, file_once
 
@@ -122,28 +123,41 @@ def vq_attention(
     schedule = Schedule.of(
         code, state.length, segments, window=window, block=block, count=state.value_count
     )
-    key, value = keys.key.to(dtype), value.to(dtype)
-    sums = torch.cat([state.value_sum, state.value_count[..., None]], 3)
+    key = keys.key.to(dtype)
+    # Values in bfloat16 stay so, as do queries that the kernel normalises: it makes its products
+    # in the dtype of the values, and keeps its sums and what it hands on in that of the state.
+    if value.dtype != torch.bfloat16:
+        value = value.to(dtype)
+    query = query.to(dtype) if scale is None else query
     content, position, rows = (b.to(dtype) for b in bias)
     x = Tensors(
-        query.to(dtype), key, value, content, position, rows, state.key, state.value, sums,
-        codes.to(dtype),
+        query, key, value, content, position, rows, state.key, state.value, state.value_sum,
+        state.value_count, codes.to(dtype),
     )  # fmt: skip
     out, sums = attend(x, schedule, cache_grad, scale)
 
-    # Slots of a document that has ended since they were filed are of no more use.
-    same = schedule.slots_document[:, -1] == segments.newest_document(batch, n_token, code.device)
-    same = same[:, None, None]
     after = VQState(
         _newest(state.code, keys.code, segments.lengths),
         _newest(state.key, key, segments.lengths),
         _newest(state.value, value, segments.lengths),
-        sums[..., :-1] * same[..., None], sums[..., -1] * same,
-        segments.advance(state.length, n_token),
+        *_slots_after(sums, schedule, segments), segments.advance(state.length, n_token),
     )  # fmt: skip
     if not cache_grad:
         after = VQState(*(field.detach() for field in after))
     return out, after
+
+
+def _slots_after(
+    slots: Float[Tensor, "B G S VN"], schedule: Schedule, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """Sums and counts after the call; those of a document that has ended are of no more use."""
+    sums, counts = slots[..., :-1], slots[..., -1]
+    if segments.starts is None:
+        return sums, counts
+    batch, n_token = segments.starts.shape
+    newest = segments.newest_document(batch, n_token, slots.device)
+    same = (schedule.slots_document[:, -1] == newest)[:, None, None]
+    return sums * same[..., None], counts * same
 
 
 def _newest(old: Tensor, new: Tensor, lengths: Tensor | None) -> Tensor:
@@ -151,7 +165,7 @@ def _newest(old: Tensor, new: Tensor, lengths: Tensor | None) -> Tensor:
     window, n_token = old.shape[2], new.shape[2]
     if lengths is None and n_token >= window:
         # A view would keep all of the call's tokens as long as the state lives.
-        return last_slots(new, window, n_token, None, 2).clone()
+        return last_slots(new, window, n_token, None, 2).to(old.dtype)
     return last_slots(torch.cat([old, new], 2), window, n_token, lengths, 2)
 
 
