@@ -298,6 +298,24 @@ def test_token_by_token_equals_one_call_and_padding_is_nothing() -> None:
     assert_close(state.key[1, :, 0], x["k"][1, :, 12])
 
 
+@pytest.mark.parametrize("lengths", [(12, 9), (8, 12), (3, 11)])
+def test_a_state_is_that_of_its_row_whatever_is_read_beside_it(lengths: tuple[int, int]) -> None:
+    """Behind the open tokens as well, where nothing but a checkpoint's reader looks."""
+    case = Case("grouped", 7, 4, 12, seed=2)
+    x = {name: t.detach() for name, t in case.tensors().items()}
+    told = [x[n] for n in "qkv"]
+    real = torch.arange(12) < torch.tensor(lengths)[:, None]
+    empty = initial_state(case.config, BATCH, x["q"])
+    _, both = ovq_attention(*told, x["beta"], empty, Segments.of(real))
+    for row, length in enumerate(lengths):
+        alone = (z[row : row + 1, :, :length] for z in told)
+        _, state = ovq_attention(*alone, x["beta"], initial_state(case.config, 1, x["q"]))
+        for got, want in zip(both, state, strict=True):
+            assert_close(got[row : row + 1], want, **EXACT)
+        opened = length % 4
+        assert not both.key[row, :, opened:].any() and not both.value[row, :, opened:].any()
+
+
 def test_float32_is_close_to_float64() -> None:
     case = Case("grouped", 24, 16, 300, seed=4)
     x = case.tensors()

@@ -86,7 +86,8 @@ class Layout(NamedTuple):
     def tail(
         self, stream: Float[Tensor, "B A CL W"], opened: Float[Tensor, "B A L W"]
     ) -> Float[Tensor, "B A L W"]:
-        """The open chunk after the call; what is behind its tokens is arbitrary."""
+        """The open chunk after the call, zeros behind its tokens: what a state is depends on the
+        text alone, not on which rows were read together."""
         if self.grid is not None:
             return self.grid.tail(stream, opened)
         rest = stream.shape[2] % self.chunk
@@ -242,11 +243,16 @@ class Grid(NamedTuple):
     def tail(
         self, stream: Float[Tensor, "B A CL W"], opened: Float[Tensor, "B A L W"]
     ) -> Float[Tensor, "B A L W"]:
-        """The chunk that is last in each row; ``opened`` where the row has no new token."""
+        """The open tokens of each row's last chunk, zeros behind them; ``opened`` where the row has
+        no new token."""
         any_new = self.occupied.any(2)
         index = torch.arange(self.n_chunk, device=stream.device)
         last = torch.where(any_new, index, -1).amax(1)
-        at = last.clamp(min=0)[:, None] * opened.shape[2]
-        at = at + torch.arange(opened.shape[2], device=stream.device)
+        begin = last.clamp(min=0)[:, None]
+        place = torch.arange(opened.shape[2], device=stream.device)
+        at = begin * opened.shape[2] + place
         newest = stream.gather(2, at[:, None, :, None].expand_as(opened))
+        # A chunk that is full has been filed, and nothing is open.
+        closed = place >= self.filled.gather(1, begin) % opened.shape[2]
+        newest = newest.masked_fill(closed[:, None, :, None], 0)
         return torch.where((last >= 0)[:, None, None, None], newest, opened)
