@@ -20,6 +20,7 @@ from tiny import ALL_OF_IT, DROPOUT, after_step, assert_same, corpus, everything
 from vqlm import checkpoint, cli, guard, runlog, sealed
 from vqlm.checkpoint import complete_checkpoints, load_model, newest_checkpoint
 from vqlm.data import Corpus
+from vqlm.evaluate import Evaluation
 from vqlm.train import Trainer, TrainingDiverged
 
 
@@ -64,6 +65,30 @@ def test_nothing_that_is_not_finite_is_saved_or_logged(
     again = trainer(data, run, **settings)
     again.resume()
     assert again.fit().step == 7
+
+
+def test_a_best_model_that_could_not_be_saved_is_not_the_one_to_beat(
+    data: Corpus, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third look is worse than the second, but than nothing else that was kept."""
+    training = trainer(data, run, eval_every=2, log_every=99)
+    looks = iter([3.0, 1.0, 2.0])
+    training.validate = lambda: Evaluation(next(looks), 1, 1, ())  # type: ignore[method-assign]
+    write = checkpoint._write
+
+    def full(path: Path, content: bytes) -> None:
+        if path.parent.name == ".best.partial" and training.progress.step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    kept: list[float | None] = []
+    after_step(training, 5, lambda: kept.append(training.progress.best_nats))
+    training.fit()
+    assert kept == [3.0] and training.progress.best_nats == 2.0
+    facts = checkpoint.load_facts(run / "best")
+    assert facts["step"] == 6 and facts["progress"]["best_nats"] == 2.0
+    assert "best (No space left on device); training goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("learning_rate", [1e3, 1e20, 3e38])

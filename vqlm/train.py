@@ -421,13 +421,14 @@ class Trainer:
             weights = self.processes.whole(self.bare_model.state_dict())
             self.require_finite(weights.values())
             best = checkpoint.Weights(self.bare_model.config, weights)
-            self.progress.best_nats = nats
+            before, self.progress.best_nats = self.progress.best_nats, nats
             facts = {"step": self.progress.step, **self._facts()}
             try:
                 self.processes.on_main(
                     lambda: checkpoint.save_best(self.out, best, facts, self.medium)
                 )
             except OSError as error:
+                self.progress.best_nats = before  # the best there is on disk
                 log.note(f"warning: {error}; training goes on")
         return result
 
