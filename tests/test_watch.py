@@ -379,6 +379,21 @@ def test_a_clock_that_jumps_changes_nothing(
     assert_same(everything(again), everything(whole))
 
 
+@pytest.mark.parametrize("jump", [-1e9, 1e9])
+def test_a_clock_that_jumps_in_a_step_makes_it_neither_long_nor_short(
+    jump: float, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.mkdir()
+    told: list[str] = []
+    heartbeat, now = Heartbeat(run, Progress, Lookout(told.append)), watch.time.time()
+    heartbeat.doing("a step")
+    monkeypatch.setattr("time.time", lambda: now + jump)
+    heartbeat.beat()
+    facts = json.loads((run / watch.HEARTBEAT).read_text())
+    assert facts["doing"] == "a step" and told == facts["warnings"] == []
+    assert 0 <= facts["seconds_in_it"] <= facts["seconds_alive"] < 60
+
+
 def test_a_heartbeat_needs_no_disk(run: Path) -> None:
     heartbeat = Heartbeat(run / "nowhere", Progress, Lookout(print))
     with heartbeat.beating():

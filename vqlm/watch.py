@@ -170,20 +170,16 @@ class Heartbeat:
     is warned of, from the thread, since the training itself is waiting then.
     """
 
-    def __init__(
-        self, run: Path, progress: Callable[[], Progress], lookout: Lookout,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
-        self._path, self._progress, self._lookout, self._clock = (
-            run / HEARTBEAT, progress, lookout, clock,
-        )  # fmt: skip
-        self._doing, self._since, self._began = "starting", clock(), clock()
+    def __init__(self, run: Path, progress: Callable[[], Progress], lookout: Lookout) -> None:
+        self._path, self._progress, self._lookout = run / HEARTBEAT, progress, lookout
+        self._doing, self._since = "starting", time.monotonic()
+        self._began = self._since
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="vqlm-heartbeat", daemon=True)
 
     def doing(self, what: str) -> None:
         """Says what comes next."""
-        self._doing, self._since = what, self._clock()
+        self._doing, self._since = what, time.monotonic()
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
@@ -209,7 +205,7 @@ class Heartbeat:
     def beat(self) -> None:
         """Writes the file in one step; a full disk is no reason to end a training."""
         doing, progress = self._doing, self._progress()
-        seconds = self._clock() - self._since
+        seconds = time.monotonic() - self._since
         stuck = f"{doing} has taken {seconds:.0f} seconds so far: is it stuck?"
         self._lookout.set("stuck", stuck if seconds > STUCK_SECONDS else None)
         facts = {
@@ -219,7 +215,7 @@ class Heartbeat:
             "tokens": progress.tokens,
             "doing": doing,
             "seconds_in_it": round(seconds, 1),
-            "seconds_alive": round(self._clock() - self._began, 1),
+            "seconds_alive": round(time.monotonic() - self._began, 1),
             "warnings": list(self._lookout.now.values()),
         }
         partial = self._path.with_name(f".{HEARTBEAT}.partial")
