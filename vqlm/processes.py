@@ -76,6 +76,8 @@ def launch(precision: str, sharded: bool = False) -> Accelerator:
         # Accelerate itself takes up the plugin on accelerators only; FSDP2 runs on gloo as well.
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
+    # torch 2.13 advises another setting, which older ones and Accelerate do not have.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     # States and statistics are views, and nothing changes them in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     return accelerator
