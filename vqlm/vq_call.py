@@ -265,25 +265,26 @@ class Call:
             joined = self.buffer("leaving", *values.shape[:2], values.shape[2] + 1)
             joined[..., :-1] = values
             joined[..., -1] = 1.0
-            joined = self._keep(block, joined)
-            sums.flatten(0, 1).index_add_(0, self._slot_index(block), joined.flatten(0, 1))
+            joined = self._keep(block, joined, block.begin)
+            slot = self._slot[:, :, block.begin : block.end].flatten()
+            sums.flatten(0, 1).index_add_(0, slot, joined.flatten(0, 1))
 
-    def d_file_(self, index: int, d_sums: Tensor, d_values: Tensor) -> None:
-        """Backward of ``file_``: adds to ``d_values`` [BG, joined, V], takes ``d_sums`` back."""
+    def d_file_(self, index: int, d_sums: Tensor, d_values: Tensor, first: int) -> None:
+        """Backward of ``file_``: adds to ``d_values`` [BG, ., V], of the joined order from
+        ``first`` on, and takes ``d_sums`` back."""
         block = self.schedule.blocks[index]
-        if block.files:
-            d = d_sums.flatten(0, 1).index_select(0, self._slot_index(block))
-            d = self._keep(block, d.view(len(d_values), -1, d.shape[-1]))
-            d_values[:, block.begin : block.end] += d
+        begin = max(block.begin, first)
+        if block.files and begin < block.end:
+            slot = self._slot[:, :, begin : block.end].flatten()
+            d = d_sums.flatten(0, 1).index_select(0, slot)
+            d = self._keep(block, d.view(len(d_values), -1, d.shape[-1]), begin)
+            d_values[:, begin - first : block.end - first] += d
         if block.resets:
             d_sums.view(self.batch, -1).mul_(self.schedule.same_document(index)[:, None])
 
-    def _keep(self, block: Block, x: Tensor) -> Tensor:
-        """``x`` [BG, L, .] with 0 at what is not filed."""
+    def _keep(self, block: Block, x: Tensor, begin: int) -> Tensor:
+        """``x`` [BG, ., V], from ``begin`` to the end of the block, with 0 at what is not filed."""
         if block.files_all:
             return x
-        kept = self.schedule.kept[:, block.begin : block.end, None]
+        kept = self.schedule.kept[:, begin : block.end, None]
         return (x.unflatten(0, (self.batch, -1)) * kept[:, None]).flatten(0, 1)
-
-    def _slot_index(self, block: Block) -> Tensor:
-        return self._slot[:, :, block.begin : block.end].flatten()

@@ -93,8 +93,9 @@ class _Attend(torch.autograd.Function):
         x, (out, normaliser, *kept) = Tensors(*saved[:n]), saved[n:]
         call = Call(x, ctx.schedule, ctx.shifts, ctx.scale)
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        wants_sums = ctx.needs_input_grad[Tensors._fields.index("sums") - n]
-        grads = _Gradients(call, d_sums, ctx.cache_grad, wants_sums)
+        wanted = dict(zip(Tensors._fields, ctx.needs_input_grad[-n:], strict=True))
+        wants_state = any(wanted[name] for name in ("memory_key", "memory_value", "sums"))
+        grads = _Gradients(call, d_sums, ctx.cache_grad, wants_state)
         n_block = len(ctx.schedule.blocks)
         for segment in reversed(range(len(kept))):
             begin, end = segment * ctx.every, min((segment + 1) * ctx.every, n_block)
@@ -115,10 +116,13 @@ class _Gradients:
     """Gradients of all tensors of a call, grown block by block from the last to the first."""
 
     def __init__(
-        self, call: Call, d_sums: Tensor | None, cache_grad: bool, wants_sums: bool
+        self, call: Call, d_sums: Tensor | None, cache_grad: bool, wants_state: bool
     ) -> None:
-        self.call, self.cache_grad, self.wants_sums = call, cache_grad, wants_sums
-        x, groups, joined = call.x, call.batch * call.groups, call.window + call.n_token
+        self.call, self.cache_grad, self.wants_state = call, cache_grad, wants_state
+        # Of the joined order, what lies before is not asked for.
+        self.first = 0 if wants_state else call.window
+        x, groups = call.x, call.batch * call.groups
+        joined = call.window + call.n_token - self.first
         self.query = torch.empty_like(x.query)
         self.key = x.codes.new_zeros(groups, joined, x.query.shape[-1])
         self.value = x.codes.new_zeros(groups, joined, x.value.shape[-1])
@@ -139,7 +143,7 @@ class _Gradients:
         block = call.schedule.blocks[index]
         cut = slice(block.begin, block.end)
         if self.cache_grad and self.reaches_slots:
-            call.d_file_(index, self.sums, self.value)
+            call.d_file_(index, self.sums, self.value, self.first)
         content, position = call.queries(block)
         keys = call.keys(block)
         values = call.values(block.first, call.window + block.end)
@@ -155,7 +159,7 @@ class _Gradients:
         weights = call.lower(recent, "low_weights")
         self._add_recent(block, d_recent, weights, call.by_group(content), g)
         if slots is not None:
-            if self.cache_grad:
+            if self.cache_grad and (self.wants_state or block.begin > self.first):
                 weights = call.lower(slots, "low_weights")
                 call.add_product(self.sums[:, : block.n_slot], weights.mT, g)
                 self.reaches_slots = True
@@ -167,11 +171,12 @@ class _Gradients:
     def _add_recent(
         self, block: Block, d_scores: Tensor, weights: Tensor, content: Tensor, g: Tensor
     ) -> None:
-        end = self.call.window + block.end
         first = block.first if self.cache_grad else self.call.window + block.begin
+        first = max(first, self.first)
         columns = slice(first - block.first, None)
-        self.call.add_product(self.key[:, first:end], d_scores[..., columns].mT, content)
-        self.call.add_product(self.value[:, first:end], weights[..., columns].mT, g)
+        rows = slice(first - self.first, self.call.window + block.end - self.first)
+        self.call.add_product(self.key[:, rows], d_scores[..., columns].mT, content)
+        self.call.add_product(self.value[:, rows], weights[..., columns].mT, g)
 
     def _add_queries(
         self, block: Block, d_content: Tensor, d_scores: Tensor, position: Tensor
@@ -191,14 +196,15 @@ class _Gradients:
 
     def result(self) -> tuple[Tensor | None, ...]:
         """One for each field of ``Tensors``."""
-        call, window = self.call, self.call.window
+        call, n_token = self.call, self.call.n_token
         key, value = (x.unflatten(0, (call.batch, -1)) for x in (self.key, self.value))
         rows = self.rows.unflatten(0, (call.batch, -1)).sum(0).flip(1)
-        sums = call.out_of_order(self.sums) if self.wants_sums else None
-        return Tensors(
-            self.query, key[:, :, window:], value[:, :, window:], self.content, self.position,
-            rows, key[:, :, :window], value[:, :, :window],
-            sums, None, None,  # type: ignore[arg-type]
+        memory: tuple[Tensor | None, ...] = (None, None, None)
+        if self.wants_state:
+            memory = key[:, :, :-n_token], value[:, :, :-n_token], call.out_of_order(self.sums)
+        return (
+            self.query, key[:, :, -n_token:], value[:, :, -n_token:],
+            self.content, self.position, rows, *memory, None, None,
         )  # fmt: skip
 
 
