@@ -94,7 +94,7 @@ class Call:
         return out.copy_(torch.bmm(a, b, out=self.buffer("low", *out.shape, dtype=self.low)))
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """Adds a b to ``out``, in place."""
+        """Adds a b, of [BG, n, m] and [BG, m, p], to ``out`` [BG, n, p] in place."""
         if self.low == self.dtype:
             out.baddbmm_(a, b)
         else:
