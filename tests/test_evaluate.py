@@ -25,6 +25,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "gau": dict(layer="gau", n_head=1, n_layer=1, absolute_position=True),
     "mixed": dict(mixers=("window", "vq")),
     "softmax": dict(mixers=("softmax",), n_layer=1),
+    "recurrent": dict(mixers=("gated-deltanet", "mamba2")),
 }
 
 

@@ -22,7 +22,7 @@ ROWS = [
     {"layers", "data", "vq_schedule", "chunks", "dictionary", "bench_limit", "bench_plot"},
     {"flops", "vq_call"},
     {"vq_kernel", "ovq_kernel", "vq_step"},
-    {"vq", "softmax", "ovq", "prepared"},
+    {"vq", "softmax", "ovq", "recurrent", "prepared"},
     {"vq_parallel", "patch_attention"},
     {"outputs"},
     {"model", "pictures", "download", "recall"},
@@ -67,6 +67,7 @@ ONLY_INTO = {
         "patch_study",
         "bench_peers",
         "bench_decode",
+        "recurrent",
     },
 }
 

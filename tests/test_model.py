@@ -29,6 +29,7 @@ TOLERANCE = {
 MIXERS = {
     "vq": ("vq",), "softmax": ("softmax",), "window": ("window",),
     "ovq": ("ovq",), "mixed": ("window", "vq", "softmax"), "hybrid": ("window", "ovq"),
+    "gated-deltanet": ("gated-deltanet",), "mamba2": ("mamba2",),
 }  # fmt: skip
 HEADS = {
     "gated": dict(layer="gau", n_head=1),

@@ -19,7 +19,10 @@ from vqlm.model import LM
 from vqlm.prefix import Prefix, fingerprint, read_facts
 from vqlm.vocabulary import BYTES, END
 
-MIXERS = {"vq": ("vq",), "ovq": ("ovq",), "window": ("window",), "hybrid": ("window", "vq")}
+MIXERS = {
+    "vq": ("vq",), "ovq": ("ovq",), "window": ("window",), "hybrid": ("window", "vq"),
+    "recurrent": ("gated-deltanet", "mamba2"),
+}  # fmt: skip
 
 
 def lm(mixers: tuple[str, ...] = ("window", "vq", "ovq"), **settings: object) -> LM:

@@ -38,6 +38,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "window": dict(mixers=("window",)),
     "ovq": dict(mixers=("ovq",), n_entry=12, chunk=8),
     "mixed": dict(mixers=("window", "vq")),
+    "gated-deltanet": dict(mixers=("gated-deltanet",)),
+    "mamba2": dict(mixers=("mamba2",)),
 }
 
 

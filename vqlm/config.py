@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-MIXERS = ("vq", "softmax", "window", "ovq")
+MIXERS = ("vq", "softmax", "window", "ovq", "gated-deltanet", "mamba2")
 LAYERS = ("swiglu", "gau")
 PRECISIONS = ("float32", "bfloat16", "auto")
 POSITIONS = ("relative", "rotary")
@@ -75,7 +75,8 @@ class LMConfig:
     entry_read: str = "renormalised"
     """How queries read entries: "renormalised" mean key, "mean", "gmr" (Gaussian density)."""
     mixers: tuple[str, ...] = ("vq",)
-    """Kinds of mixer, tiled over the layers: ("window", "vq") alternates."""
+    """Kinds of mixer, tiled over the layers: ("window", "vq") alternates.  "gated-deltanet" and
+    "mamba2" are those of transformers, of sizes that go with these (recurrent.py)."""
     layer: str = "swiglu"
     """"gau": gated attention alone, as in the paper; "swiglu": attention, then a SwiGLU."""
     cache: bool = True
@@ -154,6 +155,14 @@ class LMConfig:
     def ff_width(self) -> int:
         """Hidden width of the SwiGLU, with the default filled in."""
         return self.d_ff or 64 * -(-8 * self.d_model // (3 * 64))
+
+    def deltanet_shape(self) -> tuple[int, int, int]:
+        """Heads, K and V of "gated-deltanet": 3/4 of the heads, values twice as wide."""
+        return max(1, 3 * self.n_head // 4), self.d_k, 2 * self.d_v
+
+    def mamba_shape(self) -> tuple[int, int, int]:
+        """Heads, V and K of "mamba2": twice the heads, keys twice as wide."""
+        return 2 * self.n_head, self.d_v, 2 * self.d_k
 
     def mixer_of(self, layer: int) -> str:
         """Name of the mixer in layer number ``layer``, counted from 0."""

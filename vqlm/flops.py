@@ -4,7 +4,8 @@ Counted are the products of matrices, as torch's ``FlopCounterMode`` does, of on
 state.  Attention is counted as it is computed, block by block: with the masked half of the block
 that a query is in, without keys before the first.  Not counted: elementwise work, sums by code.
 "vq" is counted as if every code were in use as soon as one is; slots that no key has been filed
-under yet are left out, which at short lengths is less work.
+under yet are left out, which at short lengths is less work.  Of "gated-deltanet" the solving of a
+triangle in each chunk is left out, as torch does.
 
 A training step is three forward passes (``TRAINING``), as everywhere: the backward pass has two
 products for each one of the forward pass.  What a backward pass computes again is not counted, so a
@@ -25,6 +26,13 @@ from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
 from vqlm.config import LMConfig
 from vqlm.dictionary import dictionary_size
 
+RECURRENT: dict[str, Callable[[LMConfig], tuple[int, int, int]]] = {
+    "gated-deltanet": LMConfig.deltanet_shape,
+    "mamba2": LMConfig.mamba_shape,
+}
+CONV_WIDTH, CHUNK = 4, 64
+"""Tokens that the short convolutions of transformers' mixers span; that they take at a time."""
+
 TRAINING = 3
 """Forward passes that a training step counts as."""
 
@@ -40,8 +48,10 @@ def layer_flops(config: LMConfig, mixer: str, seq_len: int) -> int:
     heads, groups, k, v = config.n_head, config.kv_heads, config.d_k, config.d_v
     gate = heads * v if config.gated else 0
     projected = heads * k + groups * (k + v) + gate + heads * v
+    if mixer in RECURRENT:
+        projected = _recurrent_projections(config, mixer)
     total = 2 * seq_len * config.d_model * projected + attention_flops(config, mixer, seq_len)
-    if mixer != "ovq" and config.positions == "relative":
+    if mixer in ("vq", "softmax", "window") and config.positions == "relative":
         total += 2 * (config.window + 1) * config.d_model * heads * k
     if config.layer == "swiglu":
         total += 2 * seq_len * config.d_model * 3 * config.ff_width
@@ -107,11 +117,41 @@ def _ovq(config: LMConfig, seq_len: int) -> int:
     return 2 * config.n_head * reads + 2 * config.kv_heads * files
 
 
+def _recurrent_projections(config: LMConfig, mixer: str) -> int:
+    heads, one, other = RECURRENT[mixer](config)
+    if mixer == "mamba2":
+        value, key = heads * one, other  # one key and one query for all heads
+        return (2 * value + 2 * key + heads) + value
+    key, value = heads * one, heads * other
+    return (2 * key + 2 * value + 2 * heads) + value
+
+
+def _convolution(n_channel: int, seq_len: int) -> int:
+    return 2 * n_channel * CONV_WIDTH * (seq_len + 2 * (CONV_WIDTH - 1))
+
+
+def _gated_deltanet(config: LMConfig, seq_len: int) -> int:
+    heads, k, v = RECURRENT["gated-deltanet"](config)
+    n_chunk = -(-seq_len // CHUNK)
+    chunk = CHUNK * CHUNK * (2 * k + v) + 3 * CHUNK * k * v
+    return 2 * heads * n_chunk * chunk + _convolution(heads * (2 * k + v), seq_len)
+
+
+def _mamba2(config: LMConfig, seq_len: int) -> int:
+    heads, v, k = RECURRENT["mamba2"](config)
+    n_chunk = -(-seq_len // CHUNK)
+    chunks = n_chunk * (CHUNK * CHUNK * (k + v) + 2 * CHUNK * k * v)
+    chunks += (n_chunk + 1) ** 2 * k * v
+    return 2 * heads * chunks + _convolution(heads * v + 2 * k, seq_len)
+
+
 _BY_BLOCKS: dict[str, Callable[[LMConfig, int], int]] = {
     "vq": _vq,
     "softmax": _softmax,
     "window": _window,
     "ovq": _ovq,
+    "gated-deltanet": _gated_deltanet,
+    "mamba2": _mamba2,
 }
 
 

@@ -22,6 +22,7 @@ from vqlm.layers import Norm, Projected, ShortConvolution, SwiGLU, drop, sinusoi
 from vqlm.loss import IGNORED, summed_cross_entropy
 from vqlm.outputs import LMOutput, LMState, MixerState, Objective, Scored
 from vqlm.ovq import OVQAttention
+from vqlm.recurrent import GatedDeltaNet, Mamba2, RecurrentMixer
 from vqlm.sampling import pick
 from vqlm.segments import Segments
 from vqlm.sequence_parallel import Cut, require_cuttable
@@ -30,11 +31,15 @@ from vqlm.vq import VQAttention, VQAux
 
 __all__ = ["LM", "MIXERS", "LMOutput", "LMState", "Layer", "MixerState", "Objective", "Scored"]
 
-MIXERS: dict[str, type[VQAttention] | type[SoftmaxAttention] | type[OVQAttention]] = {
+Mixer = VQAttention | SoftmaxAttention | OVQAttention | RecurrentMixer
+
+MIXERS: dict[str, type[Mixer]] = {
     "vq": VQAttention,
     "softmax": SoftmaxAttention,
     "window": WindowAttention,
     "ovq": OVQAttention,
+    "gated-deltanet": GatedDeltaNet,
+    "mamba2": Mamba2,
 }
 
 SEEDS_PER_LAYER = 3
@@ -124,7 +129,7 @@ class LM(nn.Module):
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight)
             elif isinstance(module, nn.Linear):
-                into_stream = name.endswith(".output") and not self.config.gated
+                into_stream = name.endswith((".output", ".out_proj")) and not self.config.gated
                 depth = 2 * self.config.n_layer if into_stream else 1
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features * depth))
                 if module.bias is not None:

@@ -12,10 +12,11 @@ from torch import Tensor
 from vqlm.codebook import CodeStats
 from vqlm.fused import at_least_float32
 from vqlm.ovq import OVQState
+from vqlm.recurrent import RecurrentState
 from vqlm.softmax import SoftmaxState
 from vqlm.vq import VQAux, VQState
 
-MixerState = VQState | SoftmaxState | OVQState
+MixerState = VQState | SoftmaxState | OVQState | RecurrentState
 
 
 class LMState(NamedTuple):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vqlm import ovq, softmax, vq
 from vqlm.data import Split
+from vqlm.flops import RECURRENT
 from vqlm.fused import at_least_float32
 from vqlm.model import LM, Layer
 from vqlm.vocabulary import END
@@ -120,9 +121,11 @@ def attention_mass(model: LM, tokens: Int[Tensor, "1 T"]) -> list[Mass]:
     1 tokens before them (a whole chunk, with "ovq") count: all others have nothing else to see.
 
     Raises:
-        ValueError: a text that is too short for any such query.
+        ValueError: a text that is too short for any such query, or a mixer without such weights.
     """
     config, n_token = model.config, tokens.shape[1]
+    if without := set(config.mixers) & set(RECURRENT):
+        raise ValueError(f"attention_mass: a {min(without)} mixer has no weights of single tokens")
     reach = max(config.window + 1, config.chunk if "ovq" in config.mixers else 0)
     if n_token <= reach:
         raise ValueError(f"attention_mass: {n_token} tokens; wanted more than {reach}")

@@ -146,6 +146,11 @@ def require_cuttable(config: LMConfig, n_token: int, unpadded: bool = True) -> N
             "a softmax mixer remembers every token, so its sequences cannot be cut over processes; "
             "train with sequence_parallel=1, or with vq, ovq and window mixers"
         )
+    if alone := mixers & {"gated-deltanet", "mamba2"}:
+        raise ValueError(
+            f"sequences of a {min(alone)} mixer cannot be cut over processes; train with "
+            "sequence_parallel=1, or with vq, ovq and window mixers"
+        )
     if not unpadded:
         raise ValueError("parts of a sequence that is cut over processes cannot be padded")
     reach = max(config.conv_width - 1, config.window if mixers & {"vq", "window"} else 0)
