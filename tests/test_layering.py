@@ -40,6 +40,7 @@ ROWS = [
     {"bench"},
     {"demo", "throughput", "harness", "patch_study"},
     {"ablate", "recall_study"},
+    {"contest"},
     {"commands_hf"},
     {"commands"},
     {"cli"},

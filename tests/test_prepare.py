@@ -59,11 +59,13 @@ def test_a_file_is_cut_as_enwik8_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert facts["folder"] == str(tmp_path / "out") and facts["splits"]["test"]["n_bytes"] == 39
 
 
-def test_books_keep_their_borders_bytes_and_words(tmp_path: Path) -> None:
-    facts = prepare("pg19", pg19(tmp_path / "pg19"), tmp_path / "out", **SMALL)
+@pytest.mark.parametrize("vocab_size", [300, 0])
+def test_books_keep_their_borders_bytes_and_words(tmp_path: Path, vocab_size: int) -> None:
+    options = SMALL | {"vocab_size": vocab_size}
+    facts = prepare("pg19", pg19(tmp_path / "pg19"), tmp_path / "out", **options)
     corpus = open_corpus(tmp_path / "out")
     verify(tmp_path / "out")
-    assert corpus.vocabulary.size == 300
+    assert corpus.vocabulary.size == (vocab_size or 259)
     for name in ("train", "validation", "test"):
         split, books = getattr(corpus, name), [v for k, v in BOOKS.items() if k.startswith(name)]
         spans = zip(split.document_offsets[:-1], split.document_offsets[1:], strict=True)

@@ -81,7 +81,7 @@ def made_small(words: list[str]) -> list[str]:
         return [*words, "--tokens", "20"]
     if words[0] == "play":
         return [*words, "--port", "0"]
-    if words[0] != "train" or "--resume" in words:
+    if words[0] not in ("train", "contest") or "--resume" in words:
         return words
     said = {word.split("=")[0] for word in words if "=" in word}
     keep = said - {"n_layer", "steps"}  # a page may well show larger ones

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vqlm import bench_attention, checkpoint, presets, throughput, timing
 from vqlm.config import LMConfig, TrainConfig, override, override_all
 from vqlm.data import Corpus
 from vqlm.evaluate import evaluate
+from vqlm.model import LM
 from vqlm.prepared import open_corpus
 
 VARIED = {"codes": "n_code", "cache": "cache"}
@@ -87,13 +88,27 @@ def run_cell(
         ValueError: the folder holds a run with other settings.
         TrainingDiverged: the loss is not finite.
     """
+
+    def judge(model: LM) -> dict[str, Any]:
+        return evaluate(model, corpus.test, context_len=context).summary()
+
+    data = {"fingerprint": corpus.fingerprint, "context": context}
+    return finished(cell, corpus, source, out, data, judge)
+
+
+def finished(
+    cell: Cell, corpus: Corpus, source: str | None, out: Path, data: dict[str, Any],
+    judge: Callable[[LM], dict[str, Any]],
+) -> dict[str, Any] | None:  # fmt: skip
+    """As ``run_cell``, with what ``judge`` says of the trained model; ``data`` is all that this
+    depends on beside the cell."""
     from vqlm.train import Trainer
 
     folder = out / cell.name
     settings = {
         "model": dataclasses.asdict(cell.model),
         "train": dataclasses.asdict(cell.train),
-        "data": {"fingerprint": corpus.fingerprint, "context": context},
+        "data": data,
     }
     _claim(folder, json.loads(json.dumps(settings)))
     if (folder / "result.json").is_file():
@@ -105,9 +120,8 @@ def run_cell(
     progress = trainer.fit()
     if trainer.stop_requested:
         return None
-    found = evaluate(checkpoint.load_model(folder), corpus.test, context_len=context)
     facts = {"tokens": progress.tokens, "minutes": progress.seconds / 60}
-    result = {**found.summary(), **facts}
+    result = {**judge(checkpoint.load_model(folder)), **facts}
     throughput.write_json(folder / "result.json", result)
     return result
 
@@ -177,7 +191,7 @@ def _cell_table(field: str, rows: Sequence[dict[str, Any]]) -> str:
 def plot_cells(rows: Sequence[dict[str, Any]], field: str, title: str, path: Path | str) -> None:
     """Draws every seed as a point and the means as a line, against the values of ``field``."""
     place = list(range(len(rows)))
-    figure, axes = _figure(1, (6.0, 4.0))
+    figure, axes = panels(1, (6.0, 4.0))
     for x, row in zip(place, rows, strict=True):
         axes[0].plot([x] * len(row["each"]), row["each"], "o", color="#777777", markersize=4)
     means = [row["bits_per_byte"] for row in rows]
@@ -189,17 +203,18 @@ def plot_cells(rows: Sequence[dict[str, Any]], field: str, title: str, path: Pat
     axes[0].set_xlabel(AXES.get(field, field))
     axes[0].set_ylabel("test bits per byte (a point a seed)")
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 COLOURS = {"quadratic": "#D55E00", "serial": "#0072B2", "matmul": "#009E73", "scan": "#CC79A7"}
 
 
-def _figure(n_axes: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def panels(n_axes: int, size: tuple[float, float], same_scale: bool = True) -> tuple[Any, Any]:
+    """A matplotlib figure of ``size`` inches, and its panels side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, facecolor="white", layout="constrained")
-    axes = figure.subplots(1, n_axes, squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, n_axes, squeeze=False, sharey=same_scale)[0]
     for one in axes:
         one.grid(axis="y", color="#e4e4e4")
         one.set_axisbelow(True)
@@ -207,7 +222,8 @@ def _figure(n_axes: int, size: tuple[float, float]) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path | str) -> None:
+def save(figure: Any, path: Path | str) -> None:
+    """Writes a figure; as SVG the same bytes every time."""
     from matplotlib import rc_context
 
     settings: Any = {"svg.hashsalt": "vqlm"}
@@ -220,9 +236,9 @@ def plot_throughput(rows: Sequence[dict[str, Any]], title: str, path: Path | str
     """Draws time per token against length, one panel a head type, quartiles as bars."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, panels = _figure(len(throughput.HEADS), (11.0, 4.0))
+    figure, by_heads = panels(len(throughput.HEADS), (11.0, 4.0))
     ticks = sorted({row["seq_len"] for row in rows})
-    for axes, heads in zip(panels, throughput.HEADS, strict=True):
+    for axes, heads in zip(by_heads, throughput.HEADS, strict=True):
         for name in throughput.ATTENTIONS:
             own = [r for r in rows if r["heads"] == heads and name in r["us_per_token"]]
             if not own:
@@ -245,10 +261,10 @@ def plot_throughput(rows: Sequence[dict[str, Any]], title: str, path: Path | str
         axes.set_xticks(ticks, [str(n) for n in ticks], rotation=45)
         axes.set_title(heads)
         axes.set_xlabel("sequence length (tokens)")
-    panels[0].set_ylabel("time per token (µs, log)")
-    panels[-1].legend(frameon=False)
+    by_heads[0].set_ylabel("time per token (µs, log)")
+    by_heads[-1].legend(frameon=False)
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -153,8 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _add_train, _add_eval, _add_sample, _add_state, _add_report, _add_play, _add_data,
-        _add_export, _add_adapt, _add_import, _add_bench, _add_ablate, _add_recall, _add_demo,
-        _add_env, _add_completion,
+        _add_export, _add_adapt, _add_import, _add_studies, _add_demo, _add_env, _add_completion,
     ):  # fmt: skip
         add(commands)
     for command in commands.choices.values():
@@ -381,39 +380,34 @@ def _add_import(commands: Any) -> None:
     official.set_defaults(run=do.import_official)
 
 
-def _add_bench(commands: Any) -> None:
-    from vqlm import bench
+def _add_studies(commands: Any) -> None:
+    """What measures or trains many things, and ends in a table."""
+    from vqlm import ablate, bench, contest, recall_study
 
-    parser = _command(
-        commands, "bench", "measure speed and memory against peers, and the machine's limit",
-        "  vqlm bench attention --threads 1 --plot time_per_token.svg\n"
-        "  vqlm bench model --lengths 1024 8192 --against sdpa,llama", bench.EPILOG,
-    )  # fmt: skip
-    bench.add_arguments(parser)
-    parser.set_defaults(run=bench.run)
-
-
-def _add_ablate(commands: Any) -> None:
-    from vqlm import ablate
-
-    parser = _command(
-        commands, "ablate", "the paper's ablations: tables and plots",
-        "  vqlm ablate codes mini --data book.txt --values 32,128,512 --seeds 0,1,2\n"
-        "  vqlm ablate throughput --threads 1",
-    )  # fmt: skip
-    ablate.add_arguments(parser)
-    parser.set_defaults(run=ablate.run)
-
-
-def _add_recall(commands: Any) -> None:
-    from vqlm import recall_study
-
-    parser = _command(
-        commands, "recall", "recall tasks: train, and table accuracy by length",
-        "  vqlm recall basic --mixers softmax,window+ovq",
-    )  # fmt: skip
-    recall_study.add_arguments(parser)
-    parser.set_defaults(run=recall_study.run)
+    study: Any
+    for name, study, summary, examples, more in (
+        (
+            "bench", bench, "measure speed and memory against peers, and the machine's limit",
+            "  vqlm bench attention --threads 1 --plot time_per_token.svg\n"
+            "  vqlm bench model --lengths 1024 8192 --against sdpa,llama", bench.EPILOG,
+        ),
+        (
+            "ablate", ablate, "the paper's ablations: tables and plots",
+            "  vqlm ablate codes mini --data book.txt --values 32,128,512 --seeds 0,1,2\n"
+            "  vqlm ablate throughput --threads 1", "",
+        ),
+        (
+            "recall", recall_study, "recall tasks: train, and table accuracy by length",
+            "  vqlm recall basic --mixers softmax,window+ovq", "",
+        ),
+        (
+            "contest", contest, "mixers as language models of equal size, by position in the text",
+            "  vqlm contest --data data/pg19 --mixers window,window+ovq --out runs/contest", "",
+        ),
+    ):  # fmt: skip
+        parser = _command(commands, name, summary, examples, more)
+        study.add_arguments(parser)
+        parser.set_defaults(run=study.run)
 
 
 def _add_demo(commands: Any) -> None:

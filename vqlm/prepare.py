@@ -26,7 +26,7 @@ from jaxtyping import UInt8
 from vqlm.config import require_known
 from vqlm.pictures import load_picture
 from vqlm.prepared import SPLITS, PreparedWriter, SplitName, refuse_occupied
-from vqlm.vocabulary import BYTES, N_SPECIAL, train_sentencepiece
+from vqlm.vocabulary import BYTES, N_SPECIAL, Vocabulary, train_sentencepiece
 
 _BLOCK = 1 << 22
 _MAX_SOURCES = 100  # files listed one by one in a manifest
@@ -46,9 +46,10 @@ def prepare(name: str, source: str | Path, out: str | Path, **options: Any) -> d
     - "pg19": a folder of {train,validation,test}/ID.txt, in UTF-8, and metadata.csv, whose first
       column lists the IDs, of all files and no others.  Options: vocab_size=32000 and
       sample_bytes=1_000_000_000, of the training books (in the order of the sha256 of their IDs),
-      for a SentencePiece vocabulary.  END follows each book.  n_words is counted by str.split();
-      where a split has the official number of books and a count within 10% of the published one,
-      it is the published one, by which all published perplexities are computed.
+      for a SentencePiece vocabulary; vocab_size=0: tokens are bytes.  END follows each book.
+      n_words is counted by str.split(); where a split has the official number of books and a
+      count within 10% of the published one, it is the published one, by which all published
+      perplexities are computed.
     - "imagenet64": a folder of train_data_batch_*.npz and val_data.npz, as ImageNet hands out.  The
       first 1,200,000 training pictures are for training, the rest for validation, val_data is for
       the test; of fewer training pictures the last 1/16, at least one, are for validation.
@@ -184,9 +185,11 @@ def _pg19(
 
     sample = sorted(books["train"], key=lambda path: _hash_of_name(path.stem))
     with PreparedWriter(folder, root.resolve().name, BYTES) as writer:
-        # A token is two bytes, and stands for some four of English; measured below.
-        writer.require_space(sum(size.values()) // 4)
-        vocabulary = train_sentencepiece(map(text, sample), vocab_size, sample_bytes)
+        # A token is two bytes, and a piece stands for some four of English; measured below.
+        writer.require_space(sum(size.values()) // 4 if vocab_size else 2 * sum(size.values()))
+        vocabulary: Vocabulary = BYTES
+        if vocab_size:
+            vocabulary = train_sentencepiece(map(text, sample), vocab_size, sample_bytes)
         writer.vocabulary = vocabulary
         # The small splits first: they tell how much room the training split will need.
         for split in reversed(SPLITS):

@@ -24,7 +24,7 @@ from vqlm import ovq, softmax, vq
 from vqlm.data import Split
 from vqlm.flops import RECURRENT
 from vqlm.fused import at_least_float32
-from vqlm.model import LM, Layer
+from vqlm.model import LM, Layer, LMState
 from vqlm.vocabulary import END
 
 FIRST_BIN = 16
@@ -188,6 +188,27 @@ def loss_by_position(
 
     ``seq_len`` tokens are read in one call, the state is carried: it only costs memory.
     """
+    bits, _ = bits_by_token(model, text, seq_len)
+    n_piece, length = bits.shape
+    first = first_of_bins(length)
+    by_piece = np.stack([b.mean(1) for b in np.split(bits, first[1:], axis=1)])
+    spread = by_piece.std(1, ddof=1) if n_piece > 1 else np.full(len(first), np.nan)
+    return PositionLoss(np.array(first), length, by_piece.mean(1), spread / math.sqrt(n_piece))
+
+
+def first_of_bins(length: int) -> list[int]:
+    """First position of each bin of ``loss_by_position``, for pieces of ``length`` tokens."""
+    first = [0]
+    while (end := max(FIRST_BIN, 2 * first[-1])) < length:
+        first.append(end)
+    return first
+
+
+@torch.no_grad()
+def bits_by_token(
+    model: LM, text: Int[np.ndarray, "n length"], seq_len: int = 256
+) -> tuple[Float[np.ndarray, "n length"], LMState]:
+    """Bits that each token costs, as in ``loss_by_position``, and the state behind the last."""
     device = next(model.parameters()).device
     targets = torch.from_numpy(text).to(device)
     inputs = torch.cat([torch.full_like(targets[:, :1], END), targets[:, :-1]], 1)
@@ -203,14 +224,8 @@ def loss_by_position(
             nats.append(each.cpu())
     finally:
         model.train(was_training)
-    bits = torch.cat(nats, 1).double().numpy() / math.log(2)
-    n_piece, length = bits.shape
-    first = [0]
-    while (end := max(FIRST_BIN, 2 * first[-1])) < length:
-        first.append(end)
-    by_piece = np.stack([b.mean(1) for b in np.split(bits, first[1:], axis=1)])
-    spread = by_piece.std(1, ddof=1) if n_piece > 1 else np.full(len(first), np.nan)
-    return PositionLoss(np.array(first), length, by_piece.mean(1), spread / math.sqrt(n_piece))
+    assert state is not None
+    return torch.cat(nats, 1).double().numpy() / math.log(2), state
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ class _Cache:
         return True  # or a single token's inputs would be copied into the state
 
     def update_conv_state(self, inputs: Tensor, layer_idx: int, conv_kernel_size: int) -> Tensor:
-        """All inputs that count, after which ``conv`` has the last ones."""
+        """All inputs [B, channels, T] that count, after which ``conv`` has the last ones."""
         joined = torch.cat([self.conv.to(inputs.dtype), inputs], -1)
         # Copies, here and below: a state must not keep a whole call's tensors alive.
         self.conv = joined[..., 1 - conv_kernel_size :].to(self.conv.dtype, copy=True)
@@ -107,11 +107,11 @@ class RecurrentMixer(nn.Module):
             self.module.dt_bias.copy_(step + (-torch.expm1(-step)).log())
 
     def build(self) -> Any:
-        """The module, for the sizes of ``config``."""
+        """The module, for the sizes of ``config``; this class raises NotImplementedError."""
         raise NotImplementedError
 
     def memory_shape(self) -> tuple[int, int, int]:
-        """Heads and the two sides of a head's matrix."""
+        """Heads and the two sides of a head's matrix; this class raises NotImplementedError."""
         raise NotImplementedError
 
     def init_state(self, batch_size: int) -> RecurrentState:
