@@ -1,6 +1,7 @@
 """Whole models beside their peers: of equal size, of equal function where they claim it."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 from vqlm import bench_decode, bench_model, bench_peers, timing
 from vqlm.bench_model import Training, model_rows
 from vqlm.bench_peers import HF, SDPAAttention, hf_model, n_parameter, own_model
+from vqlm.cli import main
 from vqlm.config import LMConfig
 from vqlm.segments import Segments
 
@@ -116,6 +118,26 @@ def test_bfloat16_is_used_where_it_is_asked_for() -> None:
     layer.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     training.step()
     assert seen == [torch.bfloat16]
+
+
+def test_stretches_are_asked_for_with_checkpointing(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = ["bench", "model", "--stretch", "16", "--lengths", "32", "--no-memory"]
+    assert main(shown) == 2
+    assert "give both" in capsys.readouterr().err
+    sizes = ["n_layer=1", "d_model=8", "n_head=2", "d_k=4", "d_v=4", "n_code=4", "block=8"]
+    shown += [
+        *sizes,
+        "window=8",
+        "--checkpointing",
+        "--against",
+        "softmax",
+        "--repeats",
+        "1",
+        "--json",
+    ]
+    assert main(shown) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert {row["mixer"]: row.get("stretch") for row in rows} == {"vq": 16, "softmax": None}
 
 
 @pytest.mark.parametrize("name", ["vq", "sdpa", "llama"])

@@ -25,6 +25,7 @@ ROWS = [
     {"vq", "softmax", "ovq", "recurrent", "prepared"},
     {"vq_parallel", "patch_attention"},
     {"outputs"},
+    {"stretches"},
     {"model", "pictures", "download", "recall"},
     {"prefix"},
     {"evaluate", "sample", "checkpoint", "prepare", "convert", "optimizers", "official_files"},

@@ -116,6 +116,10 @@ def _add_special_arguments(parser: argparse.ArgumentParser) -> None:
         help="all models compute layers again in the backward pass, to need less memory",
     )  # fmt: skip
     models.add_argument(
+        "--stretch", type=int, metavar="N",
+        help="with it: ours, but for softmax, compute N tokens again at once, through all layers",
+    )  # fmt: skip
+    models.add_argument(
         "--compile", action="store_true",
         help="our models' norms and SwiGLUs compiled by torch.compile (JSON: first_step_s)",
     )  # fmt: skip

@@ -41,6 +41,9 @@ measured with (3 layers of its own hold 6 of ours)."""
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 """Default sequence lengths in tokens."""
 
+CONSTANT = ("vq", "ovq", "window")
+"""Those that remember in a state of constant size, and so can be trained in stretches."""
+
 QUADRATIC = ("softmax", "sdpa", "llama")
 
 PASS = "training step"
@@ -94,13 +97,14 @@ class Training:
         precision: str = "float32",
         checkpointing: bool = False,
         compiled: bool = False,
+        stretch: int | None = None,
     ) -> None:
         self.ours = name in bench_peers.OURS
         make = bench_peers.own_model if self.ours else bench_peers.hf_model
         self.model: nn.Module = make(name, config).train()
         self.precision = precision
         if isinstance(self.model, LM):
-            self.model.checkpointing = checkpointing
+            self.model.checkpointing, self.model.stretch = checkpointing, stretch
             if compiled:
                 self.model.compile_parts()
         elif checkpointing:
@@ -167,13 +171,13 @@ def _as_heads(config: LMConfig) -> LMConfig:
 
 def build(
     name: str, seq_len: int, config: dict[str, Any], precision: str, checkpointing: bool,
-    compiled: bool = False,
+    compiled: bool = False, stretch: int | None = None,
 ) -> timing.Built:  # fmt: skip
     """A side: the model ``name``; one step is done, so that the optimizer's state exists: a short
     one, or with ``compiled``, which applies to our models, a whole one."""
     sizes = from_dict(LMConfig, config)
     compiled = compiled and name in bench_peers.OURS
-    training = Training(name, sizes, seq_len, precision, checkpointing, compiled)
+    training = Training(name, sizes, seq_len, precision, checkpointing, compiled, stretch)
     began = time.perf_counter()
     training.step(seq_len if compiled else min(SHORT, seq_len))
     first = round(time.perf_counter() - began, 1)
@@ -188,6 +192,8 @@ def build(
     }  # fmt: skip
     if compiled:
         facts["first_step_s"] = first
+    if stretch is not None:
+        facts["stretch"] = stretch
     return timing.Built(run, {PASS: training.flops(name, sizes)}, facts)
 
 
@@ -202,12 +208,14 @@ def model_rows(
     precision: str = "float32",
     checkpointing: bool = False,
     compiled: bool = False,
+    stretch: int | None = None,
 ) -> tuple[list[timing.Row], list[float]]:
     """Rows of all models ``names`` at all ``lengths``, and the rates of the limit.
 
     ``repeats``: of each, and of quadratic ones at more than ``bench_attention.LONG`` tokens.
     ``checkpointing``: all of them compute their layers again in the backward pass.
     ``compiled``: ours have their parts compiled (``LM.compile_parts``).
+    ``stretch``: of ours with ``checkpointing``, where the state is of constant size.
 
     Raises:
         RuntimeError: two that should compute the same don't.
@@ -231,6 +239,7 @@ def model_rows(
             settings = {
                 "name": name, "seq_len": seq_len, "config": dataclasses.asdict(config),
                 "precision": precision, "checkpointing": checkpointing, "compiled": compiled,
+                "stretch": stretch if checkpointing and name in CONSTANT else None,
             }  # fmt: skip
             n = min(repeats) if long else repeats[0]
             sides.append(timing.Side(name, f"{__name__}:build", settings, n))
@@ -251,6 +260,8 @@ def run(
     Raises:
         ValueError: settings or names that don't exist.
     """
+    if args.stretch is not None and not args.checkpointing:
+        raise ValueError("bench: --stretch says how --checkpointing is done; give both")
     sizes = args.sizes or sizes
     config = override(SIZES[sizes], pairs)
     names = [*(args.mixers or ["vq"]), *(peers if args.against is None else args.against)]
@@ -262,7 +273,7 @@ def run(
         plan, config, sorted(args.lengths or lengths), names,
         repeats=(args.repeats or timing.REPEATS, args.repeats_long),
         max_quadratic=args.max_quadratic, precision=args.precision,
-        checkpointing=args.checkpointing, compiled=args.compile,
+        checkpointing=args.checkpointing, compiled=args.compile, stretch=args.stretch,
     )  # fmt: skip
     return {
         "sizes": {"name": sizes, **dataclasses.asdict(config)},

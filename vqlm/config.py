@@ -237,6 +237,10 @@ class TrainConfig:
     model fits; with adamw, and without absolute_position.  One process has them all."""
     checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping their activations."""
+    checkpoint_tokens: int | None = None
+    """With it: tokens that are computed again at once, through all layers, from the state before
+    them: memory of a step is then that of so many tokens, whatever ``seq_len``; a multiple of
+    ``block`` and ``chunk``.  None: each layer by itself, for the whole sequence."""
     compile: bool = False
     """Compile (torch.compile) what lies around the attention: faster steps after a slow first."""
     seed: int = 0
@@ -297,6 +301,10 @@ class TrainConfig:
                 f"TrainConfig: context_len={self.context_len} is no multiple of "
                 f"seq_len={self.seq_len}; choose one, or none"
             )
+        if self.checkpoint_tokens is not None:
+            wanted = "at least 1, or none"
+            _require(self, "checkpoint_tokens", self.checkpoint_tokens >= 1, wanted)
+            _require(self, "checkpointing", self.checkpointing, "true if checkpoint_tokens is set")
         require_known("precision", self.precision, PRECISIONS)
         require_known("codebook_start", self.codebook_start, CODEBOOK_STARTS)
         require_known("optimizer", self.optimizer, OPTIMIZERS)

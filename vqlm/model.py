@@ -27,6 +27,7 @@ from vqlm.sampling import pick
 from vqlm.segments import Segments
 from vqlm.sequence_parallel import Cut, require_cuttable
 from vqlm.softmax import SoftmaxAttention, WindowAttention
+from vqlm.stretches import in_stretches, require_stretch
 from vqlm.vq import VQAttention, VQAux
 
 __all__ = ["LM", "MIXERS", "LMOutput", "LMState", "Layer", "MixerState", "Objective", "Scored"]
@@ -103,6 +104,10 @@ class LM(nn.Module):
         self.config = config
         self.checkpointing = False
         """Whether layers are recomputed in the backward pass instead of kept (training only)."""
+        self.stretch: int | None = None
+        """If they are: tokens of a stretch, all layers of which are computed again at once, from
+        the state before it, so that memory doesn't grow with the length; None: each layer by
+        itself, for the whole call."""
         self.cut: Cut | None = None
         """Which part of each sequence is here, if they are cut over processes (training only)."""
         self.unused_output_bias: Tensor | None = None
@@ -202,9 +207,33 @@ class LM(nn.Module):
                 (nor do they at padding): gives ``Scored``, the loss in little memory.
 
         Raises:
-            ValueError: no tokens, another batch size in the state, or a cut that cannot be.
+            ValueError: no tokens, another batch size in the state, or a cut or stretch that
+                cannot be.
         """
         state = self._checked_state(tokens, state)
+        recompute = self.checkpointing and self.training
+        by_token: dict[str, Any] = {
+            "tokens": tokens, "mask": mask, "starts": starts, "learned": learned,
+            "targets": targets,
+        }  # fmt: skip
+        if self.stretch is None or not recompute:
+            return self._read(
+                state, with_stats=with_stats, seed=dropout_seed, recompute=recompute, **by_token
+            )
+        require_stretch(self.config, self.stretch, self.cut is not None)
+        if dropout_seed is None:  # what is dropped is the same in all stretches
+            dropout_seed = int(torch.randint(2**31, ()))
+        return in_stretches(
+            self._read, self.stretch, state, by_token,
+            with_stats=with_stats, seed=dropout_seed, recompute=False,
+        )  # fmt: skip
+
+    def _read(
+        self, state: LMState, tokens: Tensor, mask: Tensor | None, starts: Tensor | None,
+        learned: Tensor | None, targets: Tensor | None, *, with_stats: bool | None,
+        seed: int | None, recompute: bool,
+    ) -> LMOutput | Scored:  # fmt: skip
+        """``forward``, whose ``dropout_seed`` is ``seed``, in one piece."""
         segments = Segments.of(mask, starts, learned)
         cut = self.cut if self.training else None
         if cut is not None:
@@ -216,10 +245,10 @@ class LM(nn.Module):
         x = self._embed(tokens, segments.positions(state.length, tokens.shape[1]))
         states, auxes, recent = [], [], []
         for index, layer in enumerate(self._layers()):
-            seed = None if dropout_seed is None else dropout_seed * len(self.layers) + index
+            own_seed = None if seed is None else seed * len(self.layers) + index
             past = state.recent[index] if layer.has_conv else None
-            arguments = (x, state.layers[index], segments, with_stats, seed, past)
-            if self.checkpointing and self.training:
+            arguments = (x, state.layers[index], segments, with_stats, own_seed, past)
+            if recompute:
                 x, new, aux, past = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x, new, aux, past = layer(*arguments)

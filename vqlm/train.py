@@ -75,6 +75,7 @@ class Trainer:
         self.processes.take_lanes(self.lanes)
         model = LM(model_config)
         model.checkpointing, model.cut = config.checkpointing, self.processes.cut
+        model.stretch = config.checkpoint_tokens
         if config.compile:
             model.compile_parts()
         self.model, self.optimizer = self.accelerator.prepare(
