@@ -123,7 +123,8 @@ class Training:
             lm = self.model
             out = lm(inputs, targets=targets)
             loss, _ = out.objective(COMMITMENT, targets.numel())
-            return loss, lambda: lm.update_codebooks_(out.stats(), DECAY)
+            stats = out.stats()  # not all of the output: nobody goes on from its state
+            return loss, lambda: lm.update_codebooks_(stats, DECAY)
         logits = self.model(inputs, use_cache=False).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), lambda: None
 
