@@ -1,8 +1,11 @@
 """What the processes of the tests of many processes do; each program is run by ranks.py."""
 
 import dataclasses
+import functools
+import math
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
+from vqlm import checkpoint
 from vqlm.data import load_corpus
 from vqlm.model import LM
 from vqlm.processes import Processes, launch
@@ -22,7 +26,8 @@ from vqlm.train import Trainer
 def train(told: dict[str, Any]) -> dict[str, Any]:
     """A tiny training in float64: losses, codebooks and weights at its end, a last evaluation.
 
-    ``told``: data and out (folders), model, settings; ``stop_after`` and ``resume`` if wanted.
+    ``told``: data and out (folders), model, settings; ``stop_after`` and ``resume`` if wanted;
+    ``spoil``, the batch whose loss is not a number in the last process alone.
     """
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
@@ -30,6 +35,8 @@ def train(told: dict[str, Any]) -> dict[str, Any]:
     trainer = tiny.trainer(data, Path(told["out"]), told["model"], **told["settings"])
     if told.get("resume"):
         trainer.resume()
+    if "spoil" in told and trainer.processes.rank == trainer.processes.count - 1:
+        tiny.spoil(trainer, {told["spoil"]}, math.nan)
     steps = tiny.after_step(
         trainer, told.get("stop_after"), lambda: setattr(trainer, "stop_requested", True)
     )
@@ -42,6 +49,8 @@ def train(told: dict[str, Any]) -> dict[str, Any]:
         "model": whole(trainer),
         "evaluation": trainer.newest_look and trainer.newest_look[1].summary(),
         "rank": int(os.environ.get("RANK", "0")),
+        "progress": dataclasses.asdict(trainer.progress),
+        "cursor": trainer.lanes.state_dict(),
     }
 
 
@@ -96,6 +105,45 @@ def fail(told: dict[str, Any]) -> None:
 
     tiny.after_step(trainer, 2, break_down)
     trainer.fit()
+
+
+def trouble(told: dict[str, Any]) -> dict[str, Any]:
+    """Trainings that diverge, then some that save in the background, then compiled ones."""
+    results: dict[str, Any] = {name: train(one) for name, one in told["diverge"].items()}
+    for name, one in told["save"].items():
+        results[name] = save_late(one)
+    # Of the whole class, and last: nothing here is to be compiled for a CPU unless asked for.
+    LM.compile_parts = functools.partialmethod(LM.compile_parts, told["backend"])  # type: ignore
+    results |= {name: train(one) for name, one in told["compile"].items()}
+    return results | {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
+def save_late(told: dict[str, Any]) -> dict[str, Any]:
+    """``train``, where the first save waits until step ``release`` is done; then, if it is told to
+    be ``full``, there is no space left for it."""
+    gate, write, first = threading.Event(), checkpoint.save_checkpoint, [True]
+
+    def waits(*args: Any, **kwargs: Any) -> Path:
+        was_first, first[0] = first[0], False
+        if was_first:
+            assert gate.wait(60)
+            if told.get("full"):
+                raise OSError(28, "no space left")
+        return write(*args, **kwargs)
+
+    checkpoint.save_checkpoint, step = waits, Trainer.step
+
+    def stepped(self: Trainer, batch: Any) -> Any:
+        done = step(self, batch)
+        if self.progress.step == told["release"]:
+            gate.set()
+        return done
+
+    Trainer.step = stepped  # type: ignore[method-assign]
+    try:
+        return train(told)
+    finally:
+        checkpoint.save_checkpoint, Trainer.step = write, step  # type: ignore[method-assign]
 
 
 def whole_or_part(told: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,14 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-SECONDS = 240
+LONG = bool(os.environ.get("VQLM_LONG"))
+"""Whether there is time for more steps and more processes."""
+
+SECONDS = 2900 if LONG else 240
 """After which processes that still run are ended, and the test fails."""
+
+TIMEOUT = SECONDS + 60
+"""Of a test that waits for them."""
 
 
 def environment(rank: int, count: int, port: int) -> dict[str, str]:

@@ -1,10 +1,10 @@
 """A sequence cut over processes is the uncut one: outputs, gradients, states, whole trainings.
 
-``VQLM_LONG=1``: trainings of 50 steps, and gradients of a sequence of 16,384 tokens.
+``VQLM_LONG=1``: trainings of 50 steps, over four processes as well, and gradients of a sequence of
+16,384 tokens.
 """
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from vqlm.scaling import cut_traffic
 from vqlm.sequence_parallel import require_cuttable
 from vqlm.train import Trainer
 
-LONG = bool(os.environ.get("VQLM_LONG"))
 CLOSE = dict(atol=1e-12, rtol=1e-12)
 # As in test_processes.py.
-WEIGHTS = dict(atol=1e-10, rtol=1e-9) if LONG else CLOSE
+WEIGHTS = dict(atol=1e-10, rtol=1e-9) if ranks.LONG else CLOSE
 
 # Documents end in every part, in some rows more than once, in some not at all.
 CASES: dict[str, dict[str, Any]] = {
@@ -46,22 +45,24 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "ovq": dict(model=dict(mixers=("vq", "ovq"), chunk=6, conv_width=3), settings=dict(seq_len=32)),
     "sharded": dict(model={}, settings=tiny.ALL_OF_IT | dict(seq_len=32, sharded=True)),
 }
-STEPS = 50 if LONG else 4
+STEPS = 50 if ranks.LONG else 4
+pytestmark = pytest.mark.timeout(ranks.TIMEOUT)
 
 
-def arguments(folder: Path, count: int, across: int) -> dict[str, Any]:
-    """Cuts and trainings for ``rank_programs.cuts``."""
+def arguments(folder: Path, count: int, cuts_in: tuple[int, ...]) -> dict[str, Any]:
+    """Cuts and trainings for ``rank_programs.cuts``; a training is called "NAME/PARTS"."""
     cuts = {name: case | dict(n_token=64) for name, case in CASES.items()}
     cuts["longer"] = CASES["vq"] | dict(n_token=128)
-    if LONG:
+    if ranks.LONG:
         cuts["16k"] = dict(model=dict(n_code=32, window=128, block=128), n_token=16384, starts=1e-4)
     trainings = {}
     for name, case in TRAININGS.items():
-        settings = case["settings"] | dict(steps=STEPS, sequence_parallel=across)
-        out = str(folder / f"{name}-{count}")
-        trainings[f"{name}-training"] = dict(
-            data=str(folder / "texts"), out=out, model=case["model"], settings=settings
-        )
+        for across in cuts_in:
+            settings = case["settings"] | dict(steps=STEPS, sequence_parallel=across)
+            out = str(folder / f"{name}-{count}-{across}")
+            trainings[f"{name}/{across}"] = dict(
+                data=str(folder / "texts"), out=out, model=case["model"], settings=settings
+            )
     return dict(cuts=cuts, trainings=trainings)
 
 
@@ -75,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> dict[str, Any]:
     try:
-        return rank_programs.cuts(arguments(folder, 1, 1))
+        return rank_programs.cuts(arguments(folder, 1, (1,)))
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -83,17 +84,17 @@ def whole(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=[2, 4])
 def parts(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     """Of two processes, and of four: there the trainings are cut in two, for two halves of the
-    rows."""
+    rows, and in the long mode in four."""
     count = request.param
-    argument = arguments(folder, count, 2)
-    if count == 4 and not LONG:
+    argument = arguments(folder, count, (2, 4) if count == 4 and ranks.LONG else (2,))
+    if count == 4 and not ranks.LONG:
         argument["cuts"] = {name: argument["cuts"][name] for name in ("documents", "mixed")}
-        argument["trainings"] = {"vq-training": argument["trainings"]["vq-training"]}
+        argument["trainings"] = {"vq/2": argument["trainings"]["vq/2"]}
     return ranks.run("rank_programs:cuts", count, folder / f"cut-{count}", argument)
 
 
 def test_a_cut_sequence_is_the_uncut_one(whole: Any, parts: list[Any]) -> None:
-    names = [name for name in parts[0] if "training" not in name]
+    names = [name for name in parts[0] if "/" not in name]
     assert len(names) >= 2
     for name in names:
         want = whole[name]
@@ -106,14 +107,15 @@ def test_a_cut_sequence_is_the_uncut_one(whole: Any, parts: list[Any]) -> None:
 
 
 def test_a_training_of_cut_sequences_is_the_uncut_one(whole: Any, parts: list[Any]) -> None:
-    names = [name for name in parts[0] if "training" in name]
-    assert "vq-training" in names
+    names = [name for name in parts[0] if "/" in name]
+    assert "vq/2" in names
     for name in names:
-        want = whole[name]
+        case = name.partition("/")[0]
+        want = whole[f"{case}/1"]
         for part in parts:
             got = part[name]
             assert got["n_bytes"] == want["n_bytes"]
-            seen = ["samples"] if name == "vq-training" else []  # which alone revives codes
+            seen = ["samples"] if case == "vq" else []  # which alone revives codes
             for what in ("losses", "norms", "model", *seen):
                 close = WEIGHTS if what == "model" else CLOSE
                 assert_close(got[what], want[what], **close, msg=f"{name}: {what}")

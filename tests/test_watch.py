@@ -9,44 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ALL_OF_IT, DROPOUT, TRAIN, after_step, assert_same, everything, fit, trainer
+from tiny import (
+    ALL_OF_IT,
+    DROPOUT,
+    TRAIN,
+    after_step,
+    assert_same,
+    everything,
+    fit,
+    spoil,
+    trainer,
+)
 
 from vqlm import checkpoint, watch
 from vqlm.config import TrainConfig
 from vqlm.data import Batch, Corpus
 from vqlm.evaluate import Evaluation
 from vqlm.runlog import Progress
-from vqlm.train import Trainer, TrainingDiverged
+from vqlm.train import TrainingDiverged
 from vqlm.watch import Heartbeat, Judge, Lookout
-
-
-def spoil(training: Trainer, numbers: set[int], by: float = torch.inf) -> None:
-    """Makes the loss of those batches, counted from 1, what it is and ``by`` more per token."""
-    forward, batches = training.model.forward, [0]
-    next_batch = training.lanes.next_batch
-
-    def counted() -> Batch:
-        batches[0] = training.lanes.state_dict()["cursor"] + 1
-        return next_batch()
-
-    def spoilt(*args: Any, **kwargs: Any) -> Any:
-        out = forward(*args, **kwargs)
-        return _Spoilt(out, by) if training.model.training and batches[0] in numbers else out
-
-    training.lanes.next_batch = counted  # type: ignore[method-assign]
-    training.model.forward = spoilt  # type: ignore[method-assign]
-
-
-class _Spoilt:
-    def __init__(self, out: Any, by: float) -> None:
-        self._out, self._by = out, by
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._out, name)
-
-    def objective(self, weight: float, n_token: int) -> Any:
-        loss, nats = self._out.objective(weight, n_token)
-        return loss * self._by, nats + self._by * n_token
 
 
 @pytest.mark.parametrize("by", [math.inf, math.nan])

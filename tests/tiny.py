@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqlm.config import LMConfig, TrainConfig
-from vqlm.data import Corpus, load_corpus
+from vqlm.data import Batch, Corpus, load_corpus
 from vqlm.runlog import StepSums
 from vqlm.train import Trainer
 
@@ -77,6 +77,35 @@ def fit(trainer: Trainer, stop_after: int | None = None) -> list[float]:
     told = after_step(trainer, stop_after, lambda: setattr(trainer, "stop_requested", True))
     trainer.fit()
     return [sums.nats.item() for sums in told]
+
+
+def spoil(training: Trainer, numbers: set[int], by: float = torch.inf) -> None:
+    """Makes the loss of those batches, counted from 1, what it is and ``by`` more per token."""
+    forward, batches = training.model.forward, [0]
+    next_batch = training.lanes.next_batch
+
+    def counted() -> Batch:
+        batches[0] = training.lanes.state_dict()["cursor"] + 1
+        return next_batch()
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        return _Spoilt(out, by) if training.model.training and batches[0] in numbers else out
+
+    training.lanes.next_batch = counted  # type: ignore[method-assign]
+    training.model.forward = spoilt  # type: ignore[method-assign]
+
+
+class _Spoilt:
+    def __init__(self, out: Any, by: float) -> None:
+        self._out, self._by = out, by
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._out, name)
+
+    def objective(self, weight: float, n_token: int) -> Any:
+        loss, nats = self._out.objective(weight, n_token)
+        return loss * self._by, nats + self._by * n_token
 
 
 def everything(trainer: Trainer) -> dict[str, Tensor]:
