@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from vqlm.config import LMConfig, TrainConfig
 from vqlm.data import Batch, Corpus, load_corpus
@@ -127,3 +128,16 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys()
     differ = [name for name in want if not torch.equal(got[name], want[name])]
     assert differ == []
+
+
+def assert_same_weights(got: dict[str, Tensor], want: dict[str, Tensor], of: str = "") -> None:
+    """Up to float64's rounding, after a training by other processes; names included.
+
+    What is added to all scores of a window its softmax does not notice, and the slowest sinusoids
+    add nearly that.  So the gradient of what they are multiplied with is next to nothing but
+    rounding, and Adam divides it by its own size, or by 1e-8: 3e-12 after 50 steps.
+    """
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        atol = 1e-11 if name.endswith("position.weight") else 1e-12
+        assert_close(got[name], x, atol=atol, rtol=1e-12, msg=f"{of} {name}")
