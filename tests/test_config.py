@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vqlm.config import LMConfig, from_dict, override
+from vqlm.config import LMConfig, TrainConfig, from_dict, override
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,20 @@ from vqlm.config import LMConfig, from_dict, override
         ({"mixers": ("softmaxx",)}, ["mixer", "'softmax'"]),
         ({"layer": "swigl"}, ["layer", "'swiglu'"]),
         ({"position_base": 0.0}, ["position_base"]),
+        ({"block": 10**400}, ["block=", "at most 2^53"]),
+        ({"growth_span": 2**53 + 1}, ["growth_span=", "at most 2^53"]),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_by_name(changes: dict[str, Any], names: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         LMConfig(**changes)
     assert all(name in str(error.value) for name in names)
+
+
+def test_no_number_of_a_training_is_too_large_for_arithmetic() -> None:
+    assert TrainConfig(steps=2**53).steps == 2**53
+    with pytest.raises(ValueError, match=r"TrainConfig: steps=1000.*at most 2\^53"):
+        TrainConfig(steps=10**400)
 
 
 def test_defaults_are_filled_in() -> None:

@@ -161,6 +161,14 @@ def test_scores_beyond_the_range_of_exp(heads: str, cache: bool) -> None:
     assert_close(got, want, rtol=1e-8, atol=1e-8)
 
 
+def test_a_block_longer_than_a_call_is_the_call_and_takes_no_memory() -> None:
+    case = Case("grouped", 3, 7, 7, True, True, (4,), (), 0)
+    huge = dataclasses.replace(case, block=2**53)
+    want, got = (output_and_gradients(run_fast, x) for x in (case, huge))
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_block_decides_key_gradients_but_not_outputs() -> None:
     small = Case("multi-head", 4, 2, 19, True, True, (), (), 3)
     large = dataclasses.replace(small, block=8)

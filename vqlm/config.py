@@ -24,6 +24,9 @@ OPTIMIZERS = ("adamw", "lion", "adafactor")
 ON_DIVERGENCE = ("stop", "skip", "roll_back")
 SCHEDULES = ("cosine", "inverse_sqrt", "linear", "constant")
 
+MOST = 2**53
+"""The largest whole number of a setting: sums of a few stay whole in float64 and in int64."""
+
 T = TypeVar("T")
 
 
@@ -109,6 +112,7 @@ class LMConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mixers", tuple(self.mixers))
+        _require_moderate(self)
         for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_k", "d_v", "n_code"):
             _require(self, name, getattr(self, name) >= 1, "a whole number of at least 1")
         _require(self, "n_entry", self.n_entry >= 1, "a whole number of at least 1")
@@ -269,6 +273,7 @@ class TrainConfig:
     refused."""
 
     def __post_init__(self) -> None:
+        _require_moderate(self)
         positive = (
             "steps batch_size seq_len accumulate warmup_steps log_every eval_every eval_bytes "
             "save_every keep learning_rate adam_epsilon final_commitment sequence_parallel"
@@ -320,6 +325,13 @@ def _require(config: object, name: str, ok: bool, wanted: str) -> None:
     if not ok:
         got = getattr(config, name)
         raise ValueError(f"{type(config).__name__}: {name}={got!r}, but it must be {wanted}")
+
+
+def _require_moderate(config: LMConfig | TrainConfig) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        moderate = not isinstance(value, int) or abs(value) <= MOST
+        _require(config, field.name, moderate, "at most 2^53 in size")
 
 
 def require_known(kind: str, name: str, known: Iterable[str]) -> None:

@@ -80,6 +80,7 @@ class Schedule:
         """``length``: tokens of the state's document; ``count``: of keys in each of its slots, of
         which there are none without a cache."""
         n_token = code.shape[2] - window
+        block = max(1, min(block, n_token))  # a longer one is as long, and would take memory
         document = segments.joined_documents(length, window, n_token)
         real = segments.n_real(length, n_token)
 
