@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from vqlm import contest, presets
-from vqlm.contest import PATTERNS, cells, fitted, judged, n_learned, summarise
+from vqlm.contest import PATTERNS, cells, judged, summarise
 from vqlm.data import END, Split
 from vqlm.model import LM
+from vqlm.sizes import fitted, n_learned
 from vqlm.train import Trainer
 
 BASE = (

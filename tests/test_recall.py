@@ -12,6 +12,7 @@ from vqlm.data import decode
 from vqlm.model import LM, LMOutput
 from vqlm.recall import ALIGN, TASKS, Examples, curriculum, find
 from vqlm.recall_study import Cell, run_cell, table
+from vqlm.sizes import n_learned
 
 
 def draw(task: str, size: int, seed: int = 0, n_row: int = 3) -> Examples:
@@ -104,6 +105,86 @@ def test_a_cell_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert run_cell(cell, TASKS["basic"], tmp_path) == json.loads(json.dumps(first))
     text = table([first]).splitlines()
     assert len(text) == 3 and "scaled" in text[1] and "as trained" in text[2]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_small_sizes_are_trained_in_more_rows_and_without_the_filler_in_front(task: str) -> None:
+    def drawn(size: int) -> Examples:
+        return recall_study.batch(TASKS[task], size, 64, torch.Generator().manual_seed(0))
+
+    x, whole = drawn(16), TASKS[task](16, 4 * 32, torch.Generator().manual_seed(0))
+    front = whole.tokens.shape[1] - x.tokens.shape[1]
+    assert len(x.tokens) == 4 * 32 and (x.tokens[:, 0] != recall.FILLER).all()
+    assert (whole.tokens[:, :front] == recall.FILLER).all()
+    assert front == {"basic": 32, "positional": 32}.get(task, 0)
+    for row, t in x.counted.nonzero()[:50].tolist():
+        assert x.targets[row, t] == x.tokens[row, t + 1] == whole.tokens[row, t + 1 + front]
+    assert x.n_context == whole.n_context - front
+    assert x.counted.sum() == whole.counted.sum()
+    assert torch.equal(
+        drawn(64).tokens, TASKS[task](64, 32, torch.Generator().manual_seed(0)).tokens
+    )
+    assert len(drawn(4).tokens) == 256
+
+
+@pytest.mark.parametrize(("size", "asked"), [(4, 4), (20, 20), (64, 32)])
+def test_all_is_asked_for_up_to_a_most(size: int, asked: int) -> None:
+    for task in ("basic", "sparse", "positional"):
+        assert draw(task, size).counted.sum(1).tolist() == [asked] * 3
+
+
+def test_cells_have_equal_sizes_and_linear_growth_ends_with_the_context() -> None:
+    names = ["softmax", "window", "window+ovq", "vq", "gated-deltanet", "mamba2"]
+    models = [Cell("basic", name, 64, 0.25, 0, 3).model(128) for name in names]
+    sizes = [n_learned(model) for model in models]
+    assert len({model.d_ff for model in models}) > 2
+    assert max(sizes) / min(sizes) < 1.02
+    assert {model.growth_span for model in models} == {128}
+    chosen = Cell("basic", "ovq", 64, 0.25, 0, 3, settings=("growth_span=9",)).model(128)
+    assert (chosen.growth_span, chosen.n_entry) == (9, 32)
+
+
+@pytest.mark.parametrize(
+    ("vary", "values"),
+    [
+        ("founders", ["spread", "random"]), ("growth", ["plateau", "linear"]),
+        ("entry_rate", ["none", "0.05"]), ("n_code", ["4", "8"]),
+    ],
+)  # fmt: skip
+def test_an_ablation_is_one_command(
+    vary: str, values: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "d_model=16 d_k=8 d_v=8 chunk=8 --size 4 --steps 1 --times 1,2 --seeds 0,1".split()
+    words = ["recall", "basic", *small, "--mixers", "ovq", "--out", str(tmp_path)]
+    assert cli.main([*words, "--vary", f"{vary}={','.join(values)}"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    for value in values:
+        (line,) = [x for x in out if f"{vary}={value} 0.25 scaled" in x and "step" not in x]
+        assert line.split("scaled")[1].split()[0] == "2"  # seeds
+    found = json.loads((tmp_path / f"basic-{vary}.json").read_bytes())["results"]
+    assert [r["cell"]["settings"][-1] for r in found] == [f"{vary}={v}" for v in values * 2]
+    assert (tmp_path / f"basic-{vary}.png").stat().st_size > 10_000
+
+
+def test_a_mistaken_ablation_trains_nothing(tmp_path: Path) -> None:
+    for vary in ("growth=", "growth=plato", "growt=linear"):
+        assert cli.main(["recall", "basic", "--vary", vary, "--out", str(tmp_path)]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_mixer_is_asked_by_length_with_its_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "d_model=16 d_k=8 d_v=8 chunk=8 --size 4 --steps 1 --times 1,16".split()
+    mixers = "softmax,window,window+ovq,gated-deltanet,mamba2"
+    words = [*small, "--shares", "0.125,0.25,0.5", "--mixers", mixers, "--out", str(tmp_path)]
+    assert cli.main(["recall", "basic", *words, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert len(results) == 4 + 3
+    for result in results:
+        short, long = (row["scaled"]["state_bytes"] for row in result["lengths"])
+        grows = result["cell"]["mixers"] in ("softmax", "window+ovq")  # N is scaled
+        assert (long > short) == grows
 
 
 def test_accuracy_is_that_of_the_counted_tokens() -> None:

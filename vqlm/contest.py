@@ -23,51 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vqlm import ablate, presets, probe, throughput, timing
 from vqlm.ablate import Cell
-from vqlm.config import LMConfig, override_all
+from vqlm.config import override_all
 from vqlm.data import Corpus, Split
 from vqlm.model import LM
 from vqlm.prepared import open_corpus
+from vqlm.sizes import fitted, n_learned
 
 PATTERNS = ("window+softmax", "window", "window+vq", "window+ovq", "gated-deltanet", "mamba2")
 """Mixers with + between, tiled over the layers; differences are to the first that is there."""
 
-WIDTH_STEP = 8
-"""Widths of SwiGLUs are multiples of this."""
-
 CALL = 1024
 """Tokens read in one call; results don't depend on it."""
-
-
-def n_learned(config: LMConfig) -> int:
-    """Learned numbers of a model: parameters and codebooks."""
-    with torch.device("meta"):
-        lm = LM(config)
-    return sum(x.numel() for x in lm.state_dict().values())
-
-
-def fitted(config: LMConfig, target: int) -> LMConfig:
-    """``config`` with the width of the SwiGLU at which ``n_learned`` is nearest to ``target``.
-
-    Raises:
-        ValueError: layers without a SwiGLU, or a model that is too large without one.
-    """
-    if config.layer != "swiglu":
-        raise ValueError(
-            f"contest: layer={config.layer!r} has no SwiGLU to adapt; use layer=swiglu"
-        )
-    widths = (WIDTH_STEP, 2 * WIDTH_STEP)
-    one, two = (n_learned(dataclasses.replace(config, d_ff=width)) for width in widths)
-    width = WIDTH_STEP * (1 + round((target - one) / (two - one)))
-    if width < WIDTH_STEP:
-        raise ValueError(
-            f"contest: mixers {'+'.join(config.mixers)} have at least {one:,} parameters at "
-            f"d_model={config.d_model}, and {target:,} are wanted; choose a larger d_ff"
-        )
-    return dataclasses.replace(config, d_ff=width)
 
 
 def cells(patterns: Sequence[str], seeds: Sequence[int], base: presets.Preset) -> list[Cell]:

@@ -29,6 +29,9 @@ from vqlm.data import Split, encode
 ALIGN = 64
 """Contexts end at multiples of so many tokens."""
 
+MOST_ASKED = 32
+"""Questions about a context, at most."""
+
 FILLER, N_KEY, N_VALUE, OCCURRENCES, N_BIN = 0, 1024, 64, 4, 32
 _KEY0 = 1
 _VALUE0 = _KEY0 + N_KEY
@@ -58,7 +61,7 @@ Draw = Callable[[int, int, torch.Generator], Examples]
 
 
 def basic(n_pair: int, n_row: int, generator: torch.Generator) -> Examples:
-    """``n_pair`` pairs one after another; as many questions as half of them, 32 at most."""
+    """``n_pair`` pairs one after another; all are asked for, but no more than ``MOST_ASKED``."""
     return _pairs(n_pair, n_row, generator, gap=1)
 
 
@@ -74,7 +77,7 @@ def _pairs(n_pair: int, n_row: int, generator: torch.Generator, gap: int) -> Exa
     at = _distinct(n_row, gap * n_pair, n_pair, generator).sort(1).values
     body = _FILLER0 + torch.randint(N_FILLER, (n_row, gap * n_pair, 2), generator=generator)
     body.scatter_(1, at[..., None].expand(-1, -1, 2), torch.stack([key, value], -1))
-    asked = _distinct(n_row, n_pair, min(max(1, n_pair // 2), 32), generator)
+    asked = _distinct(n_row, n_pair, min(n_pair, MOST_ASKED), generator)
     question = key.gather(1, asked)[..., None]
     return _join(body.flatten(1), question, value.gather(1, asked), 2 * at.gather(1, asked) + 1)
 
@@ -88,7 +91,7 @@ def positional(n_pair: int, n_row: int, generator: torch.Generator) -> Examples:
     which = shuffled % n_key
     value = _VALUE0 + torch.randint(N_VALUE, which.shape, generator=generator)
     body = torch.stack([key.gather(1, which), value], -1).flatten(1)
-    asked = _distinct(n_row, n_key * OCCURRENCES, min(max(1, n_pair // 2), 32), generator)
+    asked = _distinct(n_row, n_key * OCCURRENCES, min(n_pair, MOST_ASKED), generator)
     same = which[:, :, None] == which[:, None]
     rank = (same.tril(-1)).sum(-1)
     question = torch.stack([_RANK0 + rank, key.gather(1, which)], -1)

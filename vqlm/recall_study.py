@@ -1,12 +1,14 @@
 """``vqlm recall``: trains small models on a recall task and tables their accuracy by length.
 
     vqlm recall basic --mixers softmax,window+ovq --size 64 --shares 0.25 --seeds 0,1,2
+    vqlm recall basic --mixers window+ovq --vary growth=plateau,linear,eager --seeds 0,1,2
 
 A *cell* is one task, mixer pattern, share and seed.  It is trained along a curriculum of sizes that
 double whenever accuracy passes ``PASSED``, then asked at 1, 2, 4 ... times its size; its result is
-a file, and a cell that has one is not trained again.  The share is that of dictionary entries in
-the tokens of a context.  Accuracy is given with N scaled with the context, and with N as trained;
-bytes of state, of one row after its context, stand beside it.
+a file, and a cell that has one is not trained again.  All cells have as many parameters as one with
+full attention, as near as the width of the SwiGLU comes to that.  The share is that of dictionary
+entries in the tokens of a context.  Accuracy is given with N scaled with the context, and with N as
+trained; bytes of state, of one row after its context, stand beside it.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqlm import recall, throughput
+from vqlm import ablate, recall, throughput
 from vqlm.config import LMConfig, override
 from vqlm.model import LM
 from vqlm.prepared import open_corpus
+from vqlm.sizes import fitted, n_learned
 
 MODEL = LMConfig(
     vocab_size=recall.VOCAB_SIZE, n_layer=2, d_model=64, n_head=2, d_k=32, d_v=32, n_code=64,
@@ -40,6 +43,9 @@ PASSED = 0.8
 
 N_ROW, LEARNING_RATE, WARMUP, LOOK = 32, 3e-3, 50, 25
 """Rows a step, peak rate of AdamW, steps of warm-up, steps between looks at the accuracy."""
+
+MOST_ROW = 256
+"""Rows a step of the small sizes: as many answers are learned from, and costs are as high."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,30 @@ class Cell:
         """The model, with N for contexts of so many tokens."""
         pairs = dict(text.split("=", 1) for text in self.settings)
         config = override(MODEL, pairs)
-        n_entry = max(1, round(self.share * n_context))
-        mixers = tuple(self.mixers.split("+"))
-        return dataclasses.replace(config, mixers=mixers, n_entry=n_entry)
+        size = n_learned(dataclasses.replace(config, mixers=("softmax",)))
+        # "linear" growth ends with the context, as in the paper.
+        span = config.growth_span if "growth_span" in pairs else n_context
+        own = dataclasses.replace(
+            config, mixers=tuple(self.mixers.split("+")), growth_span=span,
+            n_entry=max(1, round(self.share * n_context)),
+        )  # fmt: skip
+        return fitted(own, size) if config.layer == "swiglu" else own
+
+
+def batch(draw: recall.Draw, size: int, last: int, generator: torch.Generator) -> recall.Examples:
+    """What to train with at ``size``, on the way to ``last``.
+
+    Small contexts come without the filler before them, which is many times what is in them, and
+    from which nothing is learned; and in more rows.
+    """
+    if size == last:
+        return draw(size, N_ROW, generator)
+    x = draw(size, min(MOST_ROW, N_ROW * last // size), generator)
+    front = int((x.tokens[0] == recall.FILLER).long().cumprod(0).sum())
+    return recall.Examples(
+        x.tokens[:, front:], x.targets[:, front:], x.counted[:, front:], x.distance[:, front:],
+        x.n_context - front,
+    )  # fmt: skip
 
 
 def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[str, Any]]:
@@ -91,7 +118,7 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
     first = 4 if cell.task != "needle" else 2 * recall.ALIGN
     sizes, begin, step, looks = recall.curriculum(cell.size, first), time.monotonic(), 0, []
     for step in range(1, cell.steps + 1):
-        x = draw(sizes[0], N_ROW, generator)
+        x = batch(draw, sizes[0], cell.size, generator)
         if step == 1:
             lm.initialize_codebooks_(x.tokens, cell.seed)
         right = _step(lm, optimizer, x, rate=LEARNING_RATE * min(1, step / WARMUP))
@@ -158,7 +185,9 @@ def run_cell(cell: Cell, draw: recall.Draw, out: Path, report: Any = None) -> di
     for times in cell.times:
         size = cell.size * times
         n_context = draw(size, 1, torch.Generator().manual_seed(0)).n_context
-        scaled = lm.with_entries(cell.model(n_context).n_entry)
+        scaled = LM(cell.model(n_context))
+        scaled.load_state_dict(lm.state_dict())
+        scaled.eval()
         row = {"times": times, "scaled": accuracy(scaled, draw, size, cell.seed)}
         if "ovq" in lm.config.mixers:
             row["fixed"] = accuracy(lm, draw, size, cell.seed)
@@ -174,26 +203,55 @@ def run_cell(cell: Cell, draw: recall.Draw, out: Path, report: Any = None) -> di
     return result
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Accuracy by length: means over seeds, one line a mixer, share and N, bytes of state below."""
-    groups: dict[tuple[str, float, str, str], list[dict[str, Any]]] = {}
+Lines = dict[tuple[str, str], list[dict[str, Any]]]
+"""Results of all seeds by a label and the kind of N, "scaled" or "fixed"."""
+
+
+def lines_of(results: Sequence[dict[str, Any]]) -> Lines:
+    """One line of the table and the plot for each mixer, share, settings and kind of N."""
+    groups: Lines = {}
     for result in results:
         cell = result["cell"]
         for kind in ("scaled", "fixed"):
             if kind in result["lengths"][0]:
-                key = (cell["mixers"], cell["share"], ",".join(cell["settings"]), kind)
-                groups.setdefault(key, []).append(result)
+                n = {"scaled": "scaled", "fixed": "as trained"}[kind]
+                words = [cell["mixers"], *cell["settings"]]
+                words += [f"{cell['share']:g}", n] if "ovq" in cell["mixers"] else []
+                groups.setdefault((" ".join(words), kind), []).append(result)
+    return groups
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Accuracy by length, means over seeds, and bytes of state, a line for each of ``lines_of``."""
     times = [row["times"] for row in results[0]["lengths"]]
-    lines = [f"{'mixers, share, N':>36}  seeds" + "".join(f"{f'{n}x':>16}" for n in times)]
-    for (mixers, share, settings, kind), own in groups.items():
-        n = {"scaled": "scaled", "fixed": "as trained"}[kind] if "ovq" in mixers else "-"
-        line = f"{f'{mixers} {share:g} {settings} {n}':>36}  {len(own):5}"
+    lines = [f"{'mixers, share, N':>40}  seeds" + "".join(f"{f'{n}x':>16}" for n in times)]
+    for (label, kind), own in lines_of(results).items():
+        line = f"{label:>40}  {len(own):5}"
         for i in range(len(times)):
             rows = [result["lengths"][i][kind] for result in own]
             mean = statistics.mean(row["accuracy"] for row in rows)
             line += f"{mean:7.3f} {rows[0]['state_bytes'] / 1024:5.0f} KB"
         lines.append(line)
     return "\n".join(lines)
+
+
+def plot(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Draws accuracy against length, a line for each of the table, a point for each seed."""
+    figure, (axes,) = ablate.panels(1, (8.0, 4.5))
+    times = [row["times"] for row in results[0]["lengths"]]
+    for (label, kind), own in lines_of(results).items():
+        each = [[row[kind]["accuracy"] for row in result["lengths"]] for result in own]
+        means = [statistics.mean(column) for column in zip(*each, strict=True)]
+        (line,) = axes.plot(times, means, "-" if kind == "scaled" else ":", label=label)
+        for one in each:
+            axes.plot(times, one, "o", color=line.get_color(), markersize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(times, [f"{n}x" for n in times])
+    axes.set_xlabel("length of the context, in that of the training (a point a seed)")
+    axes.set_ylabel("accuracy")
+    axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    ablate.save(figure, path)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,6 +265,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="patterns to compare (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--size", type=int, default=64, help="pairs, or tokens (default: 64)")
+    parser.add_argument(
+        "--vary", metavar="KEY=A,B,...",
+        help="train with each of these: founders, growth, entry_rate, filing, entry_read, ...",
+    )  # fmt: skip
     parser.add_argument("--shares", default="0.25", metavar="X,Y,...", help="default: 0.25")
     parser.add_argument("--seeds", default="0", metavar="0,1,...", help="default: 0")
     parser.add_argument("--steps", type=int, default=2000, help="at most (default: 2000)")
@@ -227,12 +289,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     seeds, times = ([int(n) for n in text.split(",")] for text in (args.seeds, args.times))
     split = open_corpus(args.data).train if args.task == "needle" else None
     draw = recall.find(args.task, split)
+    name, _, values = (args.vary or "").partition("=")
+    varied = [(f"{name}={value}",) for value in values.split(",") if value] if args.vary else [()]
+    if not varied:
+        raise ValueError(f"recall: --vary is KEY=A,B,..., got {args.vary}")
     cells = [
         Cell(
             args.task, mixers, args.size, share if "ovq" in mixers else 1.0, seed, args.steps,
-            tuple(times), tuple(args.what),
+            tuple(times), (*args.what, *setting),
         )
         for seed in seeds
+        for setting in varied
         for mixers in args.mixers.split(",")
         for share in (shares if "ovq" in mixers else shares[:1])
     ]  # fmt: skip
@@ -242,4 +309,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for cell in cells:
         results.append(run_cell(cell, draw, args.out, lambda text: print(text, flush=True)))
     print(table(results))
-    return {"task": args.task, "out": str(args.out), "results": results}
+    study = "-".join([args.task, *([name] if args.vary else [])])
+    found = {"task": args.task, "out": str(args.out), "results": results}
+    throughput.write_json(args.out / f"{study}.json", found)
+    plot(results, f"{args.task}: accuracy by length of the context", args.out / f"{study}.png")
+    return found
