@@ -108,6 +108,24 @@ def test_trainer_tensors_that_are_missing_are_named(data: Corpus, finished: Path
             trainer(data, finished).resume()
 
 
+@pytest.mark.parametrize("value", [-1, 2**40])
+@pytest.mark.parametrize(
+    ("index", "name"), [(0, "code"), (5, "length"), (11, "n_used"), (12, "length"), (13, "length")]
+)
+def test_states_with_numbers_that_no_model_has_are_refused(
+    index: int, name: str, value: int, data: Corpus, run: Path
+) -> None:
+    """Sealed anew: only what they mean is wrong.  A layer of VQ, one of OVQ, the model's own."""
+    model = dict(mixers=("vq", "ovq"), n_entry=9, chunk=4)
+    trainer(data, run, model, steps=1).fit()
+    path = run / "checkpoints/step-00000001/trainer.safetensors"
+    whole, facts = sealed.unpack(path)
+    whole[f"state/0/{index}"].view(-1)[-1] = value if value < 0 or name != "length" else 2**62
+    path.write_bytes(sealed.pack(whole, facts))
+    with pytest.raises(ValueError, match=f"damaged.*a {name} that is not from 0 to"):
+        trainer(data, run, model, steps=1).resume()
+
+
 @pytest.mark.parametrize("file", range(1, 11))
 def test_a_stop_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
     file: int, data: Corpus, finished: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqlm.config import LMConfig, TrainConfig, from_dict
+from vqlm.config import MOST, LMConfig, TrainConfig, from_dict
 from vqlm.data import Corpus
 from vqlm.model import LMState
 from vqlm.optimizers import load_state_tensors
@@ -91,12 +91,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     load_state_tensors(optimizer, mine)
 
 
-def load_states(empty: LMState, n_part: int, tensors: dict[str, Tensor]) -> list[LMState]:
+def load_states(
+    empty: LMState, n_part: int, tensors: dict[str, Tensor], config: LMConfig
+) -> list[LMState]:
     """The carried states "state/PART/..." of every part, of the shapes that ``empty`` has.
 
     Raises:
         KeyError: a tensor is missing.
-        ValueError: one has another shape or type.
+        ValueError: one has another shape or type, or codes and counts that a model of ``config``
+            cannot have.
     """
     states = []
     for part in range(n_part):
@@ -112,4 +115,15 @@ def load_states(empty: LMState, n_part: int, tensors: dict[str, Tensor]) -> list
                 )
             found.append(got.to(want.device))
         states.append(empty.replace_tensors(found))
+        _require_possible(states[-1], config)
     return states
+
+
+def _require_possible(state: LMState, config: LMConfig) -> None:
+    """Whole numbers are used as indices, and one out of range would end a process on a GPU."""
+    most = {"code": config.n_code - 1, "n_used": config.n_entry}
+    named = [pair for mixer in state.layers for pair in mixer._asdict().items()]
+    for name, x in [*named, ("length", state.length)]:
+        limit = most.get(name, MOST)
+        if not x.is_floating_point() and bool(((x < 0) | (x > limit)).any()):
+            raise ValueError(f"a state has a {name} that is not from 0 to {limit}")

@@ -288,9 +288,10 @@ class Trainer:
             if self.progress.step > 0:
                 optimizer = self.optimizer.optimizer
                 load_optimizer(optimizer, self.processes.cut_moments(tensors, optimizer))
-                empty = self.bare_model.init_state(self.processes.rows)
+                model = self.bare_model
+                empty = model.init_state(self.processes.rows)
                 own = {name: self.processes.own_rows(name, x) for name, x in tensors.items()}
-                self.states = [*load_states(empty, self.config.accumulate, own)]
+                self.states = [*load_states(empty, self.config.accumulate, own, model.config)]
             self.lanes.load_state_dict(info["lanes"])
             self.judge.load_state_dict(info.get("judge", {"losses": []}))
             self.processes.load_random_states(tensors, self.progress.step)
