@@ -84,7 +84,7 @@ def made_small(words: list[str]) -> list[str]:
     if words[0] not in ("train", "contest") or "--resume" in words:
         return words
     said = {word.split("=")[0] for word in words if "=" in word}
-    keep = said - {"n_layer", "steps"}  # a page may well show larger ones
+    keep = said - {"n_layer", "steps", "seq_len", "context_len"}  # a page may well show larger ones
     words = [w for w in words if w.split("=")[0] in keep or "=" not in w]
     return words + [f"{k}={v}" for k, v in TINY.items() if k not in keep]
 
