@@ -133,6 +133,26 @@ def test_all_is_asked_for_up_to_a_most(size: int, asked: int) -> None:
         assert draw(task, size).counted.sum(1).tolist() == [asked] * 3
 
 
+@pytest.mark.parametrize(("at_first", "reached"), [(0.9, 32), (0.5, 4)])
+def test_what_never_passes_goes_on_all_the_same_unless_it_has_learned_nothing(
+    at_first: float, reached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def step(lm: LM, optimizer: object, x: Examples, rate: float) -> float:
+        seen.append(int(x.counted[0].sum()))
+        return at_first if seen[-1] == 4 else 0.5
+
+    monkeypatch.setattr(recall_study, "_step", step)
+    monkeypatch.setattr(recall_study, "PATIENCE", 50)
+    small = ("d_model=16", "d_k=8", "d_v=8", "d_ff=8")
+    cell = Cell("basic", "window", 32, 1.0, 0, 200, settings=small)
+    _, facts = recall_study.train(cell, TASKS["basic"])
+    assert facts["reached"] == reached
+    if reached == 32:
+        assert [seen.count(n) for n in (4, 8, 16, 32)] == [25, 50, 50, 75]
+
+
 def test_cells_have_equal_sizes_and_linear_growth_ends_with_the_context() -> None:
     names = ["softmax", "window", "window+ovq", "vq", "gated-deltanet", "mamba2"]
     models = [Cell("basic", name, 64, 0.25, 0, 3).model(128) for name in names]

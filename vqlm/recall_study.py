@@ -4,9 +4,10 @@
     vqlm recall basic --mixers window+ovq --vary growth=plateau,linear,eager --seeds 0,1,2
 
 A *cell* is one task, mixer pattern, share and seed.  It is trained along a curriculum of sizes that
-double whenever accuracy passes ``PASSED``, then asked at 1, 2, 4 ... times its size; its result is
-a file, and a cell that has one is not trained again.  All cells have as many parameters as one with
-full attention, as near as the width of the SwiGLU comes to that.  The share is that of dictionary
+double whenever accuracy passes ``PASSED``, or after ``PATIENCE`` steps, as what a mixer has no room
+for it will never pass; then it is asked at 1, 2, 4 ... times its size.  Its result is a file, and a
+cell that has one is not trained again.  All cells have as many parameters as one with full
+attention, as near as the width of the SwiGLU comes to that.  The share is that of dictionary
 entries in the tokens of a context.  Accuracy is given with N scaled with the context, and with N as
 trained; bytes of state, of one row after its context, stand beside it.
 """
@@ -40,6 +41,9 @@ MODEL = LMConfig(
 
 PASSED = 0.8
 """Accuracy from which on a size is passed."""
+
+PATIENCE = 150
+"""Steps at one size, but for the first, after which to go on without that."""
 
 N_ROW, LEARNING_RATE, WARMUP, LOOK = 32, 3e-3, 50, 25
 """Rows a step, peak rate of AdamW, steps of warm-up, steps between looks at the accuracy."""
@@ -117,6 +121,7 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
     optimizer = torch.optim.AdamW(lm.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=0.01)
     first = 4 if cell.task != "needle" else 2 * recall.ALIGN
     sizes, begin, step, looks = recall.curriculum(cell.size, first), time.monotonic(), 0, []
+    smallest, since = sizes[0], 0
     for step in range(1, cell.steps + 1):
         x = batch(draw, sizes[0], cell.size, generator)
         if step == 1:
@@ -127,8 +132,9 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
             accuracy, looks = statistics.mean(looks[-5:]), []
             if report is not None:
                 report(f"{cell.name} step {step} size {sizes[0]} accuracy {accuracy:.3f}")
-            if accuracy >= PASSED and len(sizes) > 1:
-                sizes = sizes[1:]
+            stays = sizes[0] == smallest or step - since < PATIENCE
+            if len(sizes) > 1 and (accuracy >= PASSED or not stays):
+                sizes, since = sizes[1:], step
             elif accuracy >= 0.998:
                 break
     facts = {"steps": step, "reached": sizes[0], "minutes": (time.monotonic() - begin) / 60}
