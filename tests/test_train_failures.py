@@ -42,6 +42,35 @@ def poison(run: Trainer, where: str) -> None:
         next(iter(run.optimizer.state.values()))["exp_avg"][0] = torch.inf
 
 
+def test_what_is_left_of_a_save_is_done_by_resuming(
+    data: Corpus, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two saves in turn were stopped when their checkpoints were complete, the last one among
+    them: nothing is left to train, and yet the run folder and what is kept are those of a whole."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(folder: Path, out: Path) -> None:
+        raise Killed
+
+    for last in (4, 6):
+        training = trainer(data, run, save_every=2, keep=1)
+        if last == 6:
+            training.resume()
+        after_step(training, last, lambda: monkeypatch.setattr(checkpoint, "_publish", killed))
+        with pytest.raises(Killed):
+            training.fit()
+        monkeypatch.undo()
+    assert [x.name for x in complete_checkpoints(run)] == [f"step-{n:08d}" for n in (2, 4, 6)]
+    training = trainer(data, run, save_every=2, keep=1)
+    training.resume()
+    training.fit()
+    (newest,) = complete_checkpoints(run)
+    assert newest.name == "step-00000006"
+    assert (run / "model.safetensors").samefile(newest / "model.safetensors")
+
+
 @pytest.mark.parametrize("where", ["weight", "codebook", "moment"])
 @pytest.mark.parametrize(
     ("save_every", "log_every", "eval_every"), [(1, 9, 9), (2, 2, 9), (2, 9, 2)]

@@ -302,13 +302,30 @@ def save_checkpoint(
         newest = newest_checkpoint(run)
         kept = f"the last valid checkpoint is {newest}" if newest else "there is none yet"
         raise OSError(error.errno, f"cannot save {final} ({error.strerror}); {kept}") from error
+    _remove_all_but(run, keep)
+    return final
+
+
+def settle(run: Path, keep: int) -> None:
+    """Does again what a save did once its checkpoint, the newest, was complete, for it may have
+    been stopped there: points ``RUN`` at it, and keeps the newest ``keep``.
+
+    Raises:
+        OSError: the run folder can't be written.
+    """
+    newest = newest_checkpoint(run)
+    if newest is not None:
+        _publish(newest, run)
+    _remove_all_but(run, keep)
+
+
+def _remove_all_but(run: Path, keep: int) -> None:
     for old in complete_checkpoints(run)[:-keep]:
         # Out of sight first: half of it must not look like a checkpoint if we are stopped here.
         with contextlib.suppress(OSError):
             old.rename(old.with_name(f".{old.name}.old"))
     for left_over in run.glob("checkpoints/.step-*"):
         shutil.rmtree(left_over, ignore_errors=True)
-    return final
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

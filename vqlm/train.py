@@ -167,8 +167,7 @@ class Trainer:
         self.bare_model.update_codebooks_(
             stats, self.config.codebook_decay, self.config.revive_below
         )
-        # A product with 0 keeps NaN and infinity and nothing else: one number to look at later,
-        # without waiting for the device at every step.
+        # A product with 0 keeps NaN and infinity alone: to look at later, without waiting now.
         self.health = self.health + 0 * (nats + norm)
         self.progress.step += 1
         self.progress.tokens += self.n_token
@@ -276,8 +275,7 @@ class Trainer:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: all are damaged, or the newest valid one is of another model, cut in other
-                batches, or its text has changed since.
+            ValueError: all are damaged, or the newest valid one is of another model, batch or text.
         """
         folder, tensors, info = checkpoint.load_newest_valid(self.out, report)
         require_same_model(checkpoint.read_config(folder / "config.json"), self.bare_model.config)
@@ -359,6 +357,8 @@ class Trainer:
             self.saved_step = None
         if self.saved_step != self.progress.step:
             self.save()
+        else:  # whoever saved it may have been stopped right behind it
+            self.processes.on_main(lambda: checkpoint.settle(self.out, self.config.keep))
         looked_at = self.newest_look[0] if self.newest_look else None
         if not stops and looked_at != self.progress.step:
             doing("validation")
