@@ -42,8 +42,9 @@ class Reading(NamedTuple):
     """What a process holds at a moment."""
 
     seconds: float
-    rss: int
-    """Resident memory in bytes."""
+    own: int
+    """Its own memory in bytes, swapped out or not.  What is resident has pages of files too, which
+    the system takes back when others need memory, and gives again."""
     files: int
     threads: int
 
@@ -55,7 +56,8 @@ def read(seconds: float, pid: int | str = "self") -> Reading:
         line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line
     )
     files = len(os.listdir(folder / "fd")) - (pid == "self")  # not the listing's own
-    return Reading(seconds, int(fields["VmRSS"].split()[0]) * 1024, files, int(fields["Threads"]))
+    own = sum(int(fields[name].split()[0]) for name in ("RssAnon", "VmSwap")) * 1024
+    return Reading(seconds, own, files, int(fields["Threads"]))
 
 
 def verdict(readings: list[Reading]) -> dict[str, Any]:
@@ -68,16 +70,16 @@ def verdict(readings: list[Reading]) -> dict[str, Any]:
     warm = [x for x in readings if x.seconds >= WARM_UP * end]
     if len(warm) < 10:
         raise ValueError(f"{len(warm)} readings after the warm-up, but 10 are wanted; run longer")
-    rss = [x.rss for x in warm]
-    quarter = max(1, len(rss) // 4)
-    early, late = statistics.median(rss[:quarter]), statistics.median(rss[-quarter:])
-    spread = max(rss) / min(rss) - 1
+    own = [x.own for x in warm]
+    quarter = max(1, len(own) // 4)
+    early, late = statistics.median(own[:quarter]), statistics.median(own[-quarter:])
+    spread = max(own) / min(own) - 1
     files, threads = sorted({x.files for x in warm}), sorted({x.threads for x in warm})
     return {
         "flat": spread <= ALLOWED and len(files) == len(threads) == 1,
         "minutes": round(end / 60, 1),
         "readings": len(warm),
-        "megabytes": [round(min(rss) / 2**20, 1), round(max(rss) / 2**20, 1)],
+        "megabytes": [round(min(own) / 2**20, 1), round(max(own) / 2**20, 1)],
         "spread": round(spread, 4),
         "growth": round(late / early - 1, 4),
         "files": files,

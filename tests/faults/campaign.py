@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.utils.tensorboard  # so that no fork has to import it
-from same_files import compare, compare_logs, files_of, newest_of
+from same_files import compare, compare_logs, files_of, newest_of, without_best
 
 from vqlm import checkpoint, cli, train, watch
 
@@ -216,7 +216,7 @@ class Campaign:
         assert code == 0, f"exit code {code}: {fork.log.read_text()[-3000:]}"
         got, want = files_of(run), self.references[background]
         if was_full:  # what was to be kept then was never written
-            got, want = newest_of(got), newest_of(want)
+            got, want = (without_best(newest_of(files)) for files in (got, want))
         compare(got, want)
         compare_logs(run, self.place / f"reference-{background}")
         shutil.rmtree(run)
