@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from vqlm import bench_attention, checkpoint, presets, throughput, timing
-from vqlm.config import LMConfig, TrainConfig, override, override_all
+from vqlm.config import LMConfig, TrainConfig, override, override_all, setting_pairs
 from vqlm.data import Corpus
 from vqlm.evaluate import evaluate
 from vqlm.model import LM
@@ -319,18 +319,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: settings that are unknown or not those of what is in the folder.
     """
-    names = [word for word in args.what if "=" not in word]
-    pairs = dict(word.split("=", 1) for word in args.what if "=" in word)
+    pairs = setting_pairs(args.what)
     out = args.out or Path(f"runs/ablate-{args.study}")
     if args.study == "throughput":
-        if names:
+        if stray := [word for word in args.what if "=" not in word]:
             raise ValueError(
-                f"throughput trains nothing, so it has no preset; leave out {names[0]}"
+                f"throughput trains nothing, so it has no preset; leave out {stray[0]}"
             )
         return _run_throughput(args, pairs, out)
-    if len(names) > 1:
-        raise ValueError(f"one preset at most, got {' and '.join(names)}")
-    return _run_cells(args, names[0] if names else "mini", pairs, out)
+    return _run_cells(args, presets.named(args.what) or "mini", pairs, out)
 
 
 def _run_throughput(args: argparse.Namespace, pairs: dict[str, str], out: Path) -> dict[str, Any]:

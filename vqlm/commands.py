@@ -81,19 +81,17 @@ def _chosen(
     from vqlm import checkpoint, presets
     from vqlm.config import TrainConfig, from_dict
 
-    names = [word for word in args.what if "=" not in word]
-    if len(names) > 1:
-        raise ValueError(f"one preset at most, got {' and '.join(names)}")
-    if names and names[0] not in presets.PRESETS and Path(names[0]).exists():
-        raise ValueError(f"{names[0]} is no preset; to train on it: --data {names[0]}")
+    name = presets.named(args.what)
+    if name is not None and name not in presets.PRESETS and Path(name).exists():
+        raise ValueError(f"{name} is no preset; to train on it: --data {name}")
     out = args.out or Path("runs/latest")
     if args.resume == _AUTO:
         args.resume = out if checkpoint.newest_checkpoint(out) is not None else None
-    elif args.resume is not None and (names or args.out):
-        extra = f"preset {names[0]!r}" if names else f"--out {args.out}"
+    elif args.resume is not None and (name or args.out):
+        extra = f"preset {name!r}" if name else f"--out {args.out}"
         raise ValueError(f"--resume goes on with the run as it is; leave out {extra}")
     if args.resume is None:
-        model_config, config = presets.get(names[0] if names else "mini")
+        model_config, config = presets.get(name or "mini")
         if checkpoint.newest_checkpoint(out) is not None:
             raise ValueError(f"{out} already holds a run; use --resume {out}, or another --out")
         return model_config, config, source, out

@@ -26,7 +26,7 @@ import numpy as np
 
 from vqlm import ablate, presets, probe, throughput, timing
 from vqlm.ablate import Cell
-from vqlm.config import override_all
+from vqlm.config import override_all, setting_pairs
 from vqlm.data import Corpus, Split
 from vqlm.model import LM
 from vqlm.prepared import open_corpus
@@ -269,14 +269,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: settings that are unknown or not those of what is in the folder.
     """
-    names = [word for word in args.what if "=" not in word]
-    pairs = dict(word.split("=", 1) for word in args.what if "=" in word)
-    if len(names) > 1:
-        raise ValueError(f"one preset at most, got {' and '.join(names)}")
+    preset, pairs = presets.named(args.what) or "contest", setting_pairs(args.what)
     for name, option in (("mixers", "--mixers"), ("seed", "--seeds")):
         if name in pairs:
             raise ValueError(f"{name} is what the cells differ in; give it with {option}")
-    preset = names[0] if names else "contest"
     model, train = override_all(pairs, *presets.get(preset))
     source = str(Path(args.data).expanduser().absolute()) if args.data else None
     corpus = open_corpus(source)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vqlm.config import LMConfig, TrainConfig, require_known
@@ -266,6 +266,18 @@ PRESETS: dict[str, Callable[[], Preset]] = {
         imagenet64, imagenet64_small, imagenet64_mini, sw_nope, sw_vq, sw_ovq, contest,
     )
 }  # fmt: skip
+
+
+def named(words: Iterable[str]) -> str | None:
+    """The preset among words of a command line, the rest of which are key=value; None: none.
+
+    Raises:
+        ValueError: more than one.
+    """
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise ValueError(f"one preset at most, got {' and '.join(names)}")
+    return names[0] if names else None
 
 
 def get(name: str) -> Preset:
