@@ -117,10 +117,9 @@ class Call:
 
     def out_of_order(self, slots: Float[Tensor, "BG S width"]) -> Float[Tensor, "B G S width"]:
         """The inverse of ``in_order``."""
-        if self._order is None:
+        if self.schedule.place is None:
             return slots.unflatten(0, (self.batch, -1))
-        place = torch.empty_like(self._order)
-        place[self._order] = torch.arange(len(place), device=place.device)
+        place = flat_index(self.schedule.place.flatten(0, 1), self.n_code)
         rows = slots.flatten(0, 1).index_select(0, place)
         return rows.view(self.batch, self.groups, *slots.shape[1:])
 

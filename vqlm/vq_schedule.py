@@ -54,6 +54,8 @@ class Schedule:
     """Codes in the order in which something is first filed under them; those of the state first.
     The slots lie in this order, so that those which a block can leave out are the last ones.
     None: they lie as the codes do."""
+    place: Int[Tensor, "B G S"] | None
+    """Where each code lies in that order, its inverse; None as there."""
     with_slots: bool
     """Whether there is a cache."""
     slot: Int[Tensor, "B G joined"]
@@ -95,11 +97,13 @@ class Schedule:
         after = slots_document[:, 1:].repeat_interleave(block, 1)[:, :n_token]
         kept = (position < real[:, None]) & (left >= 0) & (left == after) & (count.shape[2] > 0)
         order, n_slot = _order(code[:, :, :n_token], kept, count, begins)
-        slot = code if order is None else order.argsort(-1).gather(2, code)
+        place = None if order is None else order.argsort(-1)
+        slot = code if place is None else place.gather(2, code)
         blocks = _blocks(document, kept, slots_document, window, block, n_slot)
         return cls(
-            window, code, order, count.shape[2] > 0, slot, document, kept, slots_document, blocks
-        )
+            window, code, order, place, count.shape[2] > 0, slot, document, kept, slots_document,
+            blocks,
+        )  # fmt: skip
 
     def recent_mask(self, block: Block) -> Bool[Tensor, "B 1 L W"]:
         """True where query and recent key are of one document."""
