@@ -1,5 +1,7 @@
 """Cross-entropy in chunks: values and gradients against torch's over all logits, and its memory."""
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -54,6 +56,27 @@ def test_only_wanted_gradients_are_made() -> None:
     assert hidden.grad is None and bias.grad is None and weight.grad is not None
     with torch.no_grad():
         assert torch.equal(summed_cross_entropy(hidden, weight, bias, targets), loss)
+
+
+@pytest.mark.parametrize("n_counted", [0, 1, 7, 20])
+def test_logits_are_made_of_counted_tokens_alone(
+    n_counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, _ = case(20, 3, 7)
+    targets = torch.arange(20).remainder(7)
+    targets[torch.randperm(20)[n_counted:]] = IGNORED
+    rows, chunk = [], vqlm.loss._chunk
+
+    def counting(logits: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+        rows.append(len(logits))
+        return chunk(logits, *more)
+
+    monkeypatch.setattr(vqlm.loss, "_chunk", counting)
+    loss = summed_cross_entropy(*inputs, targets)
+    mine, want = (torch.autograd.grad(x, inputs) for x in (loss, whole(*inputs, targets, 1.0)))
+    assert sum(rows) == n_counted
+    for a, b in zip(mine, want, strict=True):
+        assert_close(a, b, atol=1e-12, rtol=1e-10)
 
 
 def test_half_precision_is_as_near_as_autograd_gets() -> None:

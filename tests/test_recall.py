@@ -112,9 +112,9 @@ def test_small_sizes_are_trained_in_more_rows_and_without_the_filler_in_front(ta
     def drawn(size: int) -> Examples:
         return recall_study.batch(TASKS[task], size, 64, torch.Generator().manual_seed(0))
 
-    x, whole = drawn(16), TASKS[task](16, 4 * 32, torch.Generator().manual_seed(0))
+    x, whole = drawn(16), TASKS[task](16, 4 * 16, torch.Generator().manual_seed(0))
     front = whole.tokens.shape[1] - x.tokens.shape[1]
-    assert len(x.tokens) == 4 * 32 and (x.tokens[:, 0] != recall.FILLER).all()
+    assert len(x.tokens) == 4 * 16 and (x.tokens[:, 0] != recall.FILLER).all()
     assert (whole.tokens[:, :front] == recall.FILLER).all()
     assert front == {"basic": 32, "positional": 32}.get(task, 0)
     for row, t in x.counted.nonzero()[:50].tolist():
@@ -122,9 +122,9 @@ def test_small_sizes_are_trained_in_more_rows_and_without_the_filler_in_front(ta
     assert x.n_context == whole.n_context - front
     assert x.counted.sum() == whole.counted.sum()
     assert torch.equal(
-        drawn(64).tokens, TASKS[task](64, 32, torch.Generator().manual_seed(0)).tokens
+        drawn(64).tokens, TASKS[task](64, 16, torch.Generator().manual_seed(0)).tokens
     )
-    assert len(drawn(4).tokens) == 256
+    assert len(drawn(4).tokens) == 64
 
 
 @pytest.mark.parametrize(("size", "asked"), [(4, 4), (20, 20), (64, 32)])
@@ -137,13 +137,18 @@ def test_all_is_asked_for_up_to_a_most(size: int, asked: int) -> None:
 def test_what_never_passes_goes_on_all_the_same_unless_it_has_learned_nothing(
     at_first: float, reached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen: list[int] = []
+    rates: list[float] = []
 
-    def step(lm: LM, optimizer: object, x: Examples, rate: float) -> float:
+    def step(lm: LM, optimizer: object, x: Examples, rate: float) -> None:
         seen.append(int(x.counted[0].sum()))
-        return at_first if seen[-1] == 4 else 0.5
+        rates.append(rate / recall_study.LEARNING_RATE)
+
+    def right(lm: LM, x: Examples) -> torch.Tensor:
+        return torch.tensor([at_first if x.counted[0].sum() == 4 else 0.5])
 
     monkeypatch.setattr(recall_study, "_step", step)
+    monkeypatch.setattr(recall_study, "_right", right)
     monkeypatch.setattr(recall_study, "PATIENCE", 50)
     small = ("d_model=16", "d_k=8", "d_v=8", "d_ff=8")
     cell = Cell("basic", "window", 32, 1.0, 0, 200, settings=small)
@@ -151,6 +156,8 @@ def test_what_never_passes_goes_on_all_the_same_unless_it_has_learned_nothing(
     assert facts["reached"] == reached
     if reached == 32:
         assert [seen.count(n) for n in (4, 8, 16, 32)] == [25, 50, 50, 75]
+    falling = [(200 - n) / 60 for n in range(140, 200)]
+    assert rates == pytest.approx([n / 50 for n in range(1, 51)] + [1] * 90 + falling)
 
 
 def test_cells_have_equal_sizes_and_linear_growth_ends_with_the_context() -> None:
@@ -211,7 +218,7 @@ def test_accuracy_is_that_of_the_counted_tokens() -> None:
     """A model that says the token that does come next is always right."""
     lm = LM(Cell("basic", "window", 16, 1.0, 0, 0).model(64))
 
-    def knowing(tokens: torch.Tensor) -> LMOutput:
+    def knowing(tokens: torch.Tensor, with_stats: bool = False) -> LMOutput:
         logits = torch.zeros(*tokens.shape, recall.VOCAB_SIZE)
         logits = logits.scatter(-1, tokens.roll(-1, 1)[..., None], 1.0)
         return LMOutput(logits, lm.init_state(len(tokens)), ())
@@ -253,8 +260,8 @@ def test_another_number_of_entries_has_the_same_parameters() -> None:
     large = small.with_entries(99)
     assert large.config.n_entry == 99
     assert large.embedding.weight.data_ptr() == small.embedding.weight.data_ptr()
-    tokens = torch.arange(1, 90)[None]
-    assert torch.equal(large(tokens[:, :40]).logits, small(tokens[:, :40]).logits) is False
+    tokens = torch.arange(1, 190)[None]
+    assert torch.equal(large(tokens[:, :140]).logits, small(tokens[:, :140]).logits) is False
     same = small.with_entries(lm.n_entry)
     assert torch.equal(same(tokens).logits, small(tokens).logits)
     assert large(tokens).state.bytes() > small(tokens).state.bytes()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from attention_case import BATCH, HEADS, AttentionCase
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,8 @@ from vqlm.codebook import Codebook, Quantized
 from vqlm.config import LMConfig
 from vqlm.fused import normalise
 from vqlm.layers import RelativeBias
-from vqlm.reference import vq_attention_quadratic
+from vqlm.model import MIXERS
+from vqlm.reference import softmax_attention_quadratic, vq_attention_quadratic
 from vqlm.segments import Segments
 from vqlm.vq import VQAttention, VQState, initial_state, vq_attention
 
@@ -291,3 +293,47 @@ def test_half_precision_is_within_twice_the_error_of_plain_softmax(n_token: int)
     ):
         error, allowed = ((t.double() - want).norm() / want.norm() for t in (mine, half))
         assert error <= 2 * allowed
+
+
+@pytest.mark.parametrize("mixers", ["vq", "softmax", "window"])
+def test_a_learned_temperature_multiplies_all_scores_of_its_head(mixers: str) -> None:
+    """Outputs and gradients of the layer against the oracle over queries times their factor, one of
+    which is at its bound."""
+    torch.manual_seed(0)
+    config = LMConfig(
+        d_model=6, n_head=4, n_kv_head=2, d_k=K, d_v=V, n_code=S, window=3, block=4,
+        mixers=(mixers,), learned_temperature=True,
+    )  # fmt: skip
+    mixer = MIXERS[mixers](config).double()
+    project = mixer.project
+    with torch.no_grad():
+        for parameter in project.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        project.log_factor.copy_(torch.tensor([-1.0, 0.0, 0.8, 9.0]))
+    x = torch.randn(BATCH, 19, 6, dtype=torch.float64, requires_grad=True)
+    learned = [x, *project.parameters()]
+
+    def oracle() -> Tensor:
+        query = rearrange(project.query(x), "b t (h k) -> b h t k", k=K)
+        factor = project.log_factor.exp().minimum(torch.tensor(40 / K**0.5, dtype=torch.float64))
+        query = K**-0.25 * query / (query.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        _, key, value, gate = project(x)
+        bias, documents = project.bias(), torch.zeros(BATCH, 19)
+        query = query * factor[:, None, None]
+        if mixers == "vq":
+            codes, blocks = mixer.codebook.codes(), list(range(0, 19, 4))
+            y = vq_attention_quadratic(query, key, value, codes, bias, documents, blocks)
+        else:
+            only = mixers == "window"
+            y = softmax_attention_quadratic(query, key, value, bias, documents, only)
+        return project.merge(y, gate)
+
+    y, want = mixer(x)[0], oracle()
+    along = torch.randn_like(y)
+    mine, grads = (torch.autograd.grad(out, learned, along, allow_unused=True) for out in (y, want))
+    assert_close(y, want, **EXACT)
+    assert grads[-1] is not None
+    for got, wanted in zip(mine, grads, strict=True):
+        assert_close(got, wanted, atol=1e-9, rtol=1e-9)
+    factor_gradient = dict(zip([n for n, _ in project.named_parameters()], mine[1:], strict=True))
+    assert (factor_gradient["log_factor"] != 0).tolist() == [True, True, True, False]

@@ -99,6 +99,8 @@ class LMConfig:
     positions: str = "relative"
     """"relative": the Transformer-XL bias in every mixer but "ovq", which has no positions;
     "rotary": rotary positions in "window" mixers and none in the others."""
+    learned_temperature: bool = False
+    """Whether "vq", "softmax" and "window" learn a factor on the scores of each head, from 1 on."""
     conv_width: int = 1
     """Tokens that the short causal convolution of each mixer's input spans; 1: there is none."""
     dropout_embedding: float = 0.0
@@ -113,9 +115,8 @@ class LMConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mixers", tuple(self.mixers))
         _require_moderate(self)
-        for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_k", "d_v", "n_code"):
+        for name in "vocab_size n_layer d_model n_head d_k d_v n_code n_entry".split():
             _require(self, name, getattr(self, name) >= 1, "a whole number of at least 1")
-        _require(self, "n_entry", self.n_entry >= 1, "a whole number of at least 1")
         for name in ("window", "block", "chunk", "growth_span", "conv_width"):
             _require(self, name, getattr(self, name) >= 1, "a number of tokens, at least 1")
         for name in ("d_ff", "n_kv_head"):
@@ -132,14 +133,13 @@ class LMConfig:
         _require(self, "mixers", len(self.mixers) > 0, "at least one mixer name")
         for mixer in self.mixers:
             require_known("mixer", mixer, MIXERS)
-        require_known("layer", self.layer, LAYERS)
-        require_known("positions", self.positions, POSITIONS)
+        for name, known in (
+            ("layer", LAYERS), ("positions", POSITIONS), ("growth", GROWTHS),
+            ("founders", FOUNDERS), ("filing", FILINGS), ("entry_read", ENTRY_READS),
+        ):  # fmt: skip
+            require_known(name, getattr(self, name), known)
         even = self.positions != "rotary" or self.d_k % 2 == 0
         _require(self, "d_k", even, "even, for rotary positions")
-        require_known("growth", self.growth, GROWTHS)
-        require_known("founders", self.founders, FOUNDERS)
-        require_known("filing", self.filing, FILINGS)
-        require_known("entry_read", self.entry_read, ENTRY_READS)
         rate = self.entry_rate
         _require(self, "entry_rate", rate is None or 0 < rate < 1, "in (0, 1), or None")
         means = rate is None or self.filing == "join"

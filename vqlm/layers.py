@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from vqlm.config import LMConfig
 from vqlm.fused import gated_linear, norm, normalise
 from vqlm.kept import Kept
 from vqlm.segments import last_slots
+
+MOST_SCORE = 40.0
+"""The largest score of a query and a key that a learned temperature may make."""
 
 
 def drop(x: Tensor, probability: float, seed: int | None = None) -> Tensor:
@@ -142,7 +146,8 @@ class AttentionProjections(nn.Module):
     """The parameters of an attention mixer; the same for all of them, so that twins compare.
 
     Queries and keys are normalised per head and scaled by K^(-1/4), so that a score is
-    sqrt(K) times a cosine.  Gated (the paper's GAU): SiLU on values and gate.
+    sqrt(K) times a cosine; with ``learned_temperature``, times a learned factor of each head.
+    Gated (the paper's GAU): SiLU on values and gate.
     """
 
     def __init__(self, config: LMConfig) -> None:
@@ -160,6 +165,9 @@ class AttentionProjections(nn.Module):
         if self.relative:
             self.position_bias: Tensor = nn.Parameter(torch.zeros(heads, k))
         self.scale = k**-0.25
+        self.learned_temperature = config.learned_temperature
+        if self.learned_temperature:
+            self.log_factor = nn.Parameter(torch.zeros(heads))
         self.kept: Kept[RelativeBias] = Kept()
 
     def forward(self, x: Float[Tensor, "B T D"], raw: bool = False) -> Projected:
@@ -174,8 +182,16 @@ class AttentionProjections(nn.Module):
         value = F.silu(value) if self.config.gated else value
         value = rearrange(value, "b t (g v) -> b g t v", v=self.config.d_v)
         if not raw:
-            query, key = normalise(query, self.scale), normalise(key, self.scale)
+            query, key = self.ready(query), normalise(key, self.scale)
         return Projected(query, key, value, gate if self.config.gated else None)
+
+    def ready(self, query: Float[Tensor, "B H T K"]) -> Float[Tensor, "B H T K"]:
+        """Queries normalised, and with ``learned_temperature`` times the factor of their head."""
+        query = normalise(query, self.scale)
+        if not self.learned_temperature:
+            return query
+        most = math.log(MOST_SCORE / math.sqrt(query.shape[-1]))
+        return query * self.log_factor.clamp(max=most).exp().to(query.dtype)[:, None, None]
 
     def bias(self, seed: int | None = None) -> RelativeBias:
         """The relative position bias; its sinusoids pass through ``drop`` with this ``seed``.

@@ -83,5 +83,11 @@ def summed_cross_entropy(
     least float32; 0 if there are none.
 
     Under autocast, products of matrices are in its format.  It can be differentiated once.
+    On a CPU, logits are made of the counted tokens alone; elsewhere it would take waiting for the
+    device to know how many they are.
     """
+    if targets.device.type == "cpu":
+        counted = targets != IGNORED
+        if not bool(counted.all()):
+            hidden, targets = hidden[counted], targets[counted]
     return _SummedCrossEntropy.apply(hidden, weight, bias, targets, scale)

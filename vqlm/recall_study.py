@@ -29,15 +29,21 @@ from torch import Tensor
 
 from vqlm import ablate, recall, throughput
 from vqlm.config import LMConfig, override
+from vqlm.loss import IGNORED
 from vqlm.model import LM
 from vqlm.prepared import open_corpus
 from vqlm.sizes import fitted, n_learned
 
 MODEL = LMConfig(
-    vocab_size=recall.VOCAB_SIZE, n_layer=2, d_model=64, n_head=2, d_k=32, d_v=32, n_code=64,
-    window=32, block=64, chunk=32, positions="rotary", conv_width=3,
+    vocab_size=recall.VOCAB_SIZE, n_layer=2, d_model=64, n_head=2, d_k=64, d_v=32, n_code=64,
+    window=8, block=64, chunk=recall.ALIGN, growth="linear", positions="rotary", conv_width=3,
+    learned_temperature=True,
 )  # fmt: skip
-"""Default sizes; mixers and N are the cell's."""
+"""Default sizes; mixers and N are the cell's.  The window is no longer than the smallest contexts
+of the curriculum, or else the window layers learn all there is in those, and nothing is left for
+the others to begin with.  All learn their temperature, as contexts are asked for that are longer
+than those of the training.  Dictionaries grow evenly over a context, in which there is as much to
+be remembered at its end as at its beginning; the paper's growth is growth=plateau."""
 
 PASSED = 0.8
 """Accuracy from which on a size is passed."""
@@ -45,11 +51,14 @@ PASSED = 0.8
 PATIENCE = 150
 """Steps at one size, but for the first, after which to go on without that."""
 
-N_ROW, LEARNING_RATE, WARMUP, LOOK = 32, 3e-3, 50, 25
+N_ROW, LEARNING_RATE, WARMUP, LOOK = 16, 3e-3, 50, 25
 """Rows a step, peak rate of AdamW, steps of warm-up, steps between looks at the accuracy."""
 
-MOST_ROW = 256
-"""Rows a step of the small sizes: as many answers are learned from, and costs are as high."""
+FALLING = 0.3
+"""Share of the steps, the last ones, over which the rate falls to 0."""
+
+MOST_ROW = 64
+"""Rows a step of the small sizes, at most: as many answers are learned from, or somewhat less."""
 
 
 @dataclass(frozen=True)
@@ -120,56 +129,54 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
     lm = LM(cell.model(full))
     optimizer = torch.optim.AdamW(lm.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=0.01)
     first = 4 if cell.task != "needle" else 2 * recall.ALIGN
-    sizes, begin, step, looks = recall.curriculum(cell.size, first), time.monotonic(), 0, []
+    sizes, begin, step = recall.curriculum(cell.size, first), time.monotonic(), 0
     smallest, since = sizes[0], 0
     for step in range(1, cell.steps + 1):
         x = batch(draw, sizes[0], cell.size, generator)
         if step == 1:
             lm.initialize_codebooks_(x.tokens, cell.seed)
-        right = _step(lm, optimizer, x, rate=LEARNING_RATE * min(1, step / WARMUP))
-        looks.append(right)
-        if step % LOOK == 0:
-            accuracy, looks = statistics.mean(looks[-5:]), []
-            if report is not None:
-                report(f"{cell.name} step {step} size {sizes[0]} accuracy {accuracy:.3f}")
-            stays = sizes[0] == smallest or step - since < PATIENCE
-            if len(sizes) > 1 and (accuracy >= PASSED or not stays):
-                sizes, since = sizes[1:], step
-            elif accuracy >= 0.998:
-                break
+        left = (cell.steps - step + 1) / (FALLING * cell.steps)
+        _step(lm, optimizer, x, LEARNING_RATE * min(1, step / WARMUP, left))
+        if step % LOOK:
+            continue
+        x = batch(draw, sizes[0], cell.size, generator)
+        accuracy = _right(lm, x).float().mean().item()
+        if report is not None:
+            report(f"{cell.name} step {step} size {sizes[0]} accuracy {accuracy:.3f}")
+        stays = sizes[0] == smallest or step - since < PATIENCE
+        if len(sizes) > 1 and (accuracy >= PASSED or not stays):
+            sizes, since = sizes[1:], step
+        elif accuracy >= 0.998:
+            break
     facts = {"steps": step, "reached": sizes[0], "minutes": (time.monotonic() - begin) / 60}
     return lm.eval(), facts
 
 
-def _step(lm: LM, optimizer: torch.optim.Optimizer, x: recall.Examples, rate: float) -> float:
-    """One optimizer step; the accuracy before it."""
+def _step(lm: LM, optimizer: torch.optim.Optimizer, x: recall.Examples, rate: float) -> None:
+    """One optimizer step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    out = lm(x.tokens)
-    objective = out.objective(x.targets, 1e-2, x.counted, int(x.counted.sum()))
+    out = lm(x.tokens, targets=x.targets.masked_fill(~x.counted, IGNORED))
     optimizer.zero_grad()
-    objective.loss.backward()
+    out.objective(1e-2, int(x.counted.sum())).loss.backward()
     torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
     optimizer.step()
     lm.update_codebooks_(out.stats(), 0.95, 0.1)
-    return _right(out.logits, x).float().mean().item()
 
 
-def _right(logits: Tensor, x: recall.Examples) -> Tensor:
-    return (logits.argmax(-1) == x.targets)[x.counted]
+@torch.inference_mode()
+def _right(lm: LM, x: recall.Examples) -> Tensor:
+    """Whether each counted token is the likeliest."""
+    return (lm(x.tokens, with_stats=False).logits.argmax(-1) == x.targets)[x.counted]
 
 
 @torch.inference_mode()
 def accuracy(lm: LM, draw: recall.Draw, size: int, seed: int, n_batch: int = 4) -> dict[str, Any]:
     """Accuracy at ``size``, in all and by quarters of the distance, and bytes of a row's state."""
     generator = torch.Generator().manual_seed(1_000_003 + seed)
-    right, distance, n_byte = [], [], 0
-    for _ in range(n_batch):
-        x = draw(size, 8, generator)
-        out = lm(x.tokens)
-        right.append(_right(out.logits, x))
-        distance.append(x.distance[x.counted])
-        n_byte = lm(x.tokens[:1, : x.n_context]).state.bytes()
+    batches = [draw(size, 8, generator) for _ in range(n_batch)]
+    right, distance = [_right(lm, x) for x in batches], [x.distance[x.counted] for x in batches]
+    n_byte = lm(batches[0].tokens[:1, : batches[0].n_context]).state.bytes()
     hits, far = torch.cat(right).double(), torch.cat(distance).double()
     order = far.argsort()
     quarters = [part.mean().item() for part in hits[order].chunk(4)]

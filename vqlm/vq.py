@@ -270,6 +270,8 @@ class VQAttention(nn.Module):
             state = _state_before(
                 segments.cut, state, keys, value, segments, self.config.cache_grad
             )
+        if self.project.learned_temperature:  # which the kernel doesn't know
+            query, scale = self.project.ready(query), None
         heads, state = vq_attention(
             query, keys, value, codes, self.project.bias(seed), state, segments,
             block=self.config.block, cache_grad=self.config.cache_grad, scale=scale,
