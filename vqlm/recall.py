@@ -3,7 +3,7 @@
     basic       pairs of key and value, then keys alone: which value?
     sparse      the same, with filler between the pairs: most of a context is not worth keeping
     positional  every key comes several times; a question names key and number of the occurrence
-    regression  triples f, x, y with y = a_f x + b_f in bins: in-context learning of many functions
+    regression  triples f, x, y with y = a_f x + b_f: in-context learning of many linear functions
     needle      a sentence with a number somewhere in real text, and a question for it at the end
 
 A batch is a context and then questions.  The context is filled up at its front so that it ends at a
@@ -32,11 +32,16 @@ ALIGN = 64
 MOST_ASKED = 32
 """Questions about a context, at most."""
 
-FILLER, N_KEY, N_VALUE, OCCURRENCES, N_BIN = 0, 1024, 64, 4, 32
+FILLER, N_KEY, N_VALUE, OCCURRENCES = 0, 1024, 64, 4
+SLOPE, OFFSET, PLACE = 2, 4, 4
+"""Functions of "regression" are y = a x + b of whole numbers, the largest of which these are."""
+
 _KEY0 = 1
 _VALUE0 = _KEY0 + N_KEY
 _RANK0 = _VALUE0 + N_VALUE
 _FILLER0 = _RANK0 + OCCURRENCES
+_X0 = _VALUE0 + PLACE
+_Y0 = _X0 + PLACE + 1 + SLOPE * PLACE + OFFSET
 N_FILLER = 64
 VOCAB_SIZE = _FILLER0 + N_FILLER
 """Token ids of every task but "needle", which is in bytes."""
@@ -100,26 +105,29 @@ def positional(n_pair: int, n_row: int, generator: torch.Generator) -> Examples:
 
 
 def regression(n_triple: int, n_row: int, generator: torch.Generator) -> Examples:
-    """``n_triple`` triples of n_triple / 8 functions; counted from the third of each function on.
+    """``n_triple`` triples of n_triple / 8 functions; y is asked for of every triple whose function
+    has come with two other x before, which tell it.
 
-    x is uniform in [-1, 1], a and b as well, so that y is in [-2, 2]; each of x and y has 32 bins.
+    x, a and b are whole numbers, uniform from -4, -2 and -4 to 4, 2 and 4.
     """
     _require_pairs(n_triple, N_KEY)
     n_function = max(1, n_triple // 8)
     which = torch.randint(n_function, (n_row, n_triple), generator=generator)
     name = _KEY0 + _distinct(n_row, N_KEY, n_function, generator)
-    a, b = 2 * torch.rand(2, n_row, n_function, generator=generator) - 1
-    x_bin = torch.randint(N_BIN, which.shape, generator=generator)
-    x = (x_bin + 0.5) / N_BIN * 2 - 1
+
+    def drawn(most: int, n: int) -> Int[Tensor, "B n"]:
+        return torch.randint(-most, most + 1, (n_row, n), generator=generator)
+
+    a, b, x = drawn(SLOPE, n_function), drawn(OFFSET, n_function), drawn(PLACE, n_triple)
     y = a.gather(1, which) * x + b.gather(1, which)
-    y_bin = ((y + 2) / 4 * N_BIN).long().clamp(0, N_BIN - 1)
-    body = torch.stack([name.gather(1, which), _VALUE0 + x_bin, _VALUE0 + N_BIN + y_bin], -1)
+    body = torch.stack([name.gather(1, which), _X0 + x, _Y0 + y], -1)
     tokens = body.flatten(1)
     same = (which[:, :, None] == which[:, None]).tril(-1)
-    counted = torch.zeros_like(tokens, dtype=torch.bool)
-    counted[:, 1::3] = same.sum(-1) >= 2
     index = torch.arange(n_triple)
     before = torch.where(same, index, -1).amax(-1)
+    other = same & (x[:, None] != x.gather(1, before.clamp(min=0))[..., None])
+    counted = torch.zeros_like(tokens, dtype=torch.bool)
+    counted[:, 1::3] = other.any(-1)
     distance = torch.zeros_like(tokens)
     distance[:, 1::3] = 3 * (index - before)
     return Examples(tokens, tokens.roll(-1, 1), counted, distance * counted, tokens.shape[1])

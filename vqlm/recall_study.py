@@ -48,8 +48,12 @@ be remembered at its end as at its beginning; the paper's growth is growth=plate
 PASSED = 0.8
 """Accuracy from which on a size is passed."""
 
-PATIENCE = 150
-"""Steps at one size, but for the first, after which to go on without that."""
+PATIENCE, BEGUN = 150, 0.25
+"""Steps at one size after which to go on without that; with the first only if accuracy is so much,
+or else nothing has been learned yet that could be of use with the next."""
+
+FIRST = {"regression": 8, "needle": 2 * recall.ALIGN}
+"""Sizes that curricula begin with, if not with 4."""
 
 N_ROW, LEARNING_RATE, WARMUP, LOOK = 16, 3e-3, 50, 25
 """Rows a step, peak rate of AdamW, steps of warm-up, steps between looks at the accuracy."""
@@ -128,8 +132,8 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
     torch.manual_seed(cell.seed)
     lm = LM(cell.model(full))
     optimizer = torch.optim.AdamW(lm.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=0.01)
-    first = 4 if cell.task != "needle" else 2 * recall.ALIGN
-    sizes, begin, step = recall.curriculum(cell.size, first), time.monotonic(), 0
+    sizes = recall.curriculum(cell.size, FIRST.get(cell.task, 4))
+    begin, step = time.monotonic(), 0
     smallest, since = sizes[0], 0
     for step in range(1, cell.steps + 1):
         x = batch(draw, sizes[0], cell.size, generator)
@@ -143,8 +147,8 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
         accuracy = _right(lm, x).float().mean().item()
         if report is not None:
             report(f"{cell.name} step {step} size {sizes[0]} accuracy {accuracy:.3f}")
-        stays = sizes[0] == smallest or step - since < PATIENCE
-        if len(sizes) > 1 and (accuracy >= PASSED or not stays):
+        begun = sizes[0] != smallest or accuracy >= BEGUN
+        if len(sizes) > 1 and (accuracy >= PASSED or (begun and step - since >= PATIENCE)):
             sizes, since = sizes[1:], step
         elif accuracy >= 0.998:
             break
