@@ -48,7 +48,7 @@ be remembered at its end as at its beginning; the paper's growth is growth=plate
 PASSED = 0.8
 """Accuracy from which on a size is passed."""
 
-PATIENCE, BEGUN = 150, 0.25
+PATIENCE, BEGUN = 150, 0.6
 """Steps at one size after which to go on without that; with the first only if accuracy is so much,
 or else nothing has been learned yet that could be of use with the next."""
 
