@@ -1,6 +1,6 @@
 """``vqlm recall``: trains small models on a recall task and tables their accuracy by length.
 
-    vqlm recall basic --mixers softmax,window+ovq --size 64 --shares 0.25 --seeds 0,1,2
+    vqlm recall basic --mixers window+softmax,window+ovq --size 64 --shares 0.25 --seeds 0,1,2
     vqlm recall basic --mixers window+ovq --vary growth=plateau,linear,eager --seeds 0,1,2
 
 A *cell* is one task, mixer pattern, share and seed.  It is trained along a curriculum of sizes that
@@ -283,7 +283,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what", nargs="*", metavar="key=value", help="settings of LMConfig, such as filing=merge"
     )
     parser.add_argument(
-        "--mixers", default="softmax,window,window+ovq", metavar="A,B+C,...",
+        "--mixers", default="window+softmax,window,window+ovq", metavar="A,B+C,...",
         help="patterns to compare (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--size", type=int, default=64, help="pairs, or tokens (default: 64)")
