@@ -105,3 +105,21 @@ def test_the_measurement_sees_growth_and_leaks() -> None:
     early, late, left = peaks(tiny("vq"), leaky=True)
     assert late - early == 6 * CALL * 11 * 4
     assert left == tiny("vq").state_bytes() + 8 * CALL * 11 * 4
+
+
+def test_state_and_peak_memory_are_flat_from_2k_to_128k_tokens() -> None:
+    torch.manual_seed(0)
+    config = LMConfig(
+        vocab_size=11, n_layer=2, d_model=16, n_head=2, d_k=8, d_v=8, d_ff=8, n_code=32, window=64,
+        block=256, n_entry=256, chunk=128, mixers=("vq", "ovq"),
+    )  # fmt: skip
+    lm, state, found = LM(config).eval(), None, {}
+    with torch.no_grad(), LiveBytes() as memory:
+        for n_seen in range(2048, 131_073, 2048):
+            memory.peak = memory.live
+            out = lm(torch.randint(11, (1, 2048)), state)
+            state = out.state
+            del out
+            found[n_seen] = memory.peak, state.bytes(), held(state)
+    assert found[131_072] == found[4096]
+    assert found[131_072][1] == found[2048][1] == found[2048][2] == lm.state_bytes()
