@@ -157,11 +157,13 @@ def test_what_never_passes_goes_on_all_the_same_unless_it_has_learned_nothing(
     cell = Cell("basic", "window", 32, 1.0, 0, 200, settings=small)
     _, facts = recall_study.train(cell, TASKS["basic"])
     assert facts["reached"] == reached
+    warming, falling = [n / 50 for n in range(1, 51)], [(200 - n) / 60 for n in range(140, 200)]
     if reached == 32:
         first = 25 if at_first == 0.9 else 50
-        assert [seen.count(n) for n in (4, 8, 16, 32)] == [first, 50, 50, 100 - first]
-    falling = [(200 - n) / 60 for n in range(140, 200)]
-    assert rates == pytest.approx([n / 50 for n in range(1, 51)] + [1] * 90 + falling)
+        assert [seen.count(n) for n in (4, 8, 16, 32)] == [first, 50, 50, 100]
+        assert rates == pytest.approx(warming + [1] * (90 + first) + falling)
+    else:
+        assert rates == pytest.approx(warming + [1] * 150)
 
 
 def test_cells_have_equal_sizes_and_linear_growth_ends_with_the_context() -> None:

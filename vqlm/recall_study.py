@@ -5,9 +5,10 @@
 
 A *cell* is one task, mixer pattern, share and seed.  It is trained along a curriculum of sizes that
 double whenever accuracy passes ``PASSED``, or after ``PATIENCE`` steps, as what a mixer has no room
-for it will never pass; then it is asked at 1, 2, 4 ... times its size.  Its result is a file, and a
-cell that has one is not trained again.  All cells have as many parameters as one with full
-attention, as near as the width of the SwiGLU comes to that.  The share is that of dictionary
+for it will never pass; then it is asked at 1, 2, 4 ... times its size.  How long the first size
+takes depends on the seed more than on the mixer, so its steps are counted apart.  Its result is a
+file, and a cell that has one is not trained again.  All cells have as many parameters as one with
+full attention, as near as the width of the SwiGLU comes to that.  The share is that of dictionary
 entries in the tokens of a context.  Accuracy is given with N scaled with the context, and with N as
 trained; bytes of state, of one row after its context, stand beside it.
 """
@@ -81,7 +82,7 @@ class Cell:
     """Entries of a dictionary over tokens of a context."""
     seed: int
     steps: int
-    """The most optimizer steps."""
+    """The most optimizer steps: so many for the first size, and as many for all others."""
     times: tuple[int, ...] = (1, 2, 4, 8)
     """Sizes asked for, as multiples of ``size``."""
     settings: tuple[str, ...] = ()
@@ -136,13 +137,15 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
     lm = LM(cell.model(full))
     optimizer = torch.optim.AdamW(lm.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=0.01)
     sizes = recall.curriculum(cell.size, FIRST.get(cell.task, 4))
-    begin, step = time.monotonic(), 0
-    smallest, since = sizes[0], 0
-    for step in range(1, cell.steps + 1):
+    n_size, begin = len(sizes), time.monotonic()
+    step, since, end = 0, 0, cell.steps
+    while step < end:
+        step += 1
         x = batch(draw, sizes[0], cell.size, generator)
         if step == 1:
             lm.initialize_codebooks_(x.tokens, cell.seed)
-        left = (cell.steps - step + 1) / (FALLING * cell.steps)
+        on_first = 1 < len(sizes) == n_size
+        left = 1 if on_first else (end - step + 1) / (FALLING * cell.steps)
         _step(lm, optimizer, x, LEARNING_RATE * min(1, step / WARMUP, left))
         if step % LOOK:
             continue
@@ -150,8 +153,9 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
         accuracy = _right(lm, x).float().mean().item()
         if report is not None:
             report(f"{cell.name} step {step} size {sizes[0]} accuracy {accuracy:.3f}")
-        begun = sizes[0] != smallest or accuracy >= BEGUN
+        begun = not on_first or accuracy >= BEGUN
         if len(sizes) > 1 and (accuracy >= PASSED or (begun and step - since >= PATIENCE)):
+            end = step + cell.steps if on_first else end
             sizes, since = sizes[1:], step
         elif accuracy >= 0.998:
             break
@@ -293,7 +297,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--shares", default="0.25", metavar="X,Y,...", help="default: 0.25")
     parser.add_argument("--seeds", default="0", metavar="0,1,...", help="default: 0")
-    parser.add_argument("--steps", type=int, default=2000, help="at most (default: 2000)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=2000,
+        help="at most, for the first size and for all others (default: 2000)",
+    )
     parser.add_argument("--times", default="1,2,4,8", metavar="1,2,...", help="default: 1,2,4,8")
     parser.add_argument("--data", help="text for needle; default: Python's standard library")
     parser.add_argument("--out", type=Path, default=Path("runs/recall"), help="folder of results")
