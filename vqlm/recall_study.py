@@ -265,12 +265,16 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Draws accuracy against length, a line for each of the table, a point for each seed."""
     figure, (axes,) = ablate.panels(1, (8.0, 4.5))
     times = [row["times"] for row in results[0]["lengths"]]
+    colours: dict[str, Any] = {}  # one for both kinds of N
     for (label, kind), own in lines_of(results).items():
         each = [[row[kind]["accuracy"] for row in result["lengths"]] for result in own]
         means = [statistics.mean(column) for column in zip(*each, strict=True)]
-        (line,) = axes.plot(times, means, "-" if kind == "scaled" else ":", label=label)
+        same = label.removesuffix(" scaled").removesuffix(" as trained")
+        style, point = ("-", "o") if kind == "scaled" else (":", "x")
+        (line,) = axes.plot(times, means, style, label=label, color=colours.get(same))
+        colours[same] = line.get_color()
         for one in each:
-            axes.plot(times, one, "o", color=line.get_color(), markersize=3)
+            axes.plot(times, one, point, color=line.get_color(), markersize=4)
     axes.set_xscale("log", base=2)
     axes.set_xticks(times, [f"{n}x" for n in times])
     axes.set_xlabel("length of the context, in that of the training (a point a seed)")
