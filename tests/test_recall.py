@@ -9,7 +9,7 @@ from tiny import corpus
 
 from vqlm import cli, recall, recall_study
 from vqlm.data import decode
-from vqlm.model import LM, LMOutput
+from vqlm.model import LM, LMOutput, Objective, Scored
 from vqlm.recall import ALIGN, TASKS, Examples, curriculum, find
 from vqlm.recall_study import Cell, run_cell, table
 from vqlm.sizes import n_learned
@@ -164,6 +164,24 @@ def test_what_never_passes_goes_on_all_the_same_unless_it_has_learned_nothing(
         assert rates == pytest.approx(warming + [1] * (90 + first) + falling)
     else:
         assert rates == pytest.approx(warming + [1] * 150)
+
+
+def test_commitment_weighs_as_much_a_token_however_few_answers_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights, objective = [], Scored.objective
+
+    def noting(out: Scored, commitment: float, n_token: int) -> Objective:
+        weights.append(commitment / n_token)
+        return objective(out, commitment, n_token)
+
+    monkeypatch.setattr(Scored, "objective", noting)
+    lm = LM(Cell("sparse", "window+vq", 4, 1.0, 0, 0).model(64))
+    optimizer = torch.optim.SGD(lm.parameters(), 1e-3)
+    for task in ("basic", "sparse", "regression"):
+        x = draw(task, 8)
+        recall_study._step(lm, optimizer, x, 1e-3)
+        assert weights.pop() * x.tokens.numel() == pytest.approx(1e-2)
 
 
 def test_cells_have_equal_sizes_and_linear_growth_ends_with_the_context() -> None:
