@@ -17,7 +17,8 @@ from vqlm.kept import Kept
 from vqlm.segments import last_slots
 
 MOST_SCORE = 40.0
-"""The largest score of a query and a key that a learned temperature may make."""
+"""The largest score of a query and a key that a learned temperature may make, OVQ's among them:
+exp(-2 * 40) is still a float32."""
 
 
 def drop(x: Tensor, probability: float, seed: int | None = None) -> Tensor:

@@ -39,12 +39,12 @@ from torch import Tensor, nn
 from vqlm.chunks import lay_out
 from vqlm.config import LMConfig
 from vqlm.dictionary import Rules
-from vqlm.layers import Projected, gated_output
+from vqlm.layers import MOST_SCORE, Projected, gated_output
 from vqlm.ovq_kernel import Call, ovq_function
 from vqlm.segments import Segments
 
-BETA_START, BETA_MOST = 8.0, 40.0
-"""Inverse temperature at first, and the most it may become: exp(-2 * 40) is still a float32."""
+BETA_START = 8.0
+"""Inverse temperature at first; the most it may become is ``MOST_SCORE``."""
 
 
 class OVQState(NamedTuple):
@@ -92,7 +92,7 @@ def ovq_attention(
 ) -> tuple[Float[Tensor, "B H T V"], OVQState]:
     """Attention over a dictionary learned on the way, and the state after the call.
 
-    Queries and keys are of length 1, beta positive and at most ``BETA_MOST``, which is not checked.
+    Queries and keys are of length 1, beta positive and at most ``MOST_SCORE``; it is not checked.
     All is computed in the dtype of ``state``, which itself is kept; N and L are those of it.
     ``segments`` describes packed rows: real tokens first.  Outputs at padding are zeros.
 
@@ -148,7 +148,7 @@ class OVQAttention(nn.Module):
 
     def beta(self, dtype: torch.dtype) -> Float[Tensor, " H"]:
         """Inverse temperature of each head."""
-        return self.log_beta.to(dtype).exp().clamp(max=BETA_MOST)
+        return self.log_beta.to(dtype).exp().clamp(max=MOST_SCORE)
 
     def init_state(self, batch_size: int) -> OVQState:
         """The empty state of ``batch_size`` rows, with the N of the config."""
