@@ -4,9 +4,10 @@
     vqlm recall basic --mixers window+ovq --vary growth=plateau,linear,eager --seeds 0,1,2
 
 A *cell* is one task, mixer pattern, share and seed.  It is trained along a curriculum of sizes that
-double whenever accuracy passes ``PASSED``, or after ``PATIENCE`` steps, as what a mixer has no room
-for it will never pass; then it is asked at 1, 2, 4 ... times its size.  How long the first size
-takes depends on the seed more than on the mixer, so its steps are counted apart.  Its result is a
+double whenever accuracy passes ``PASSED``, or after a share ``PATIENCE`` of the steps, as what a
+mixer has no room for it will never pass; then it is asked at 1, 2, 4 ... times its size.  How long
+the first size takes depends on the seed and on whether a mixer has a softmax, and says nothing of
+what it can remember, so its steps are counted apart, and there may be ``PATIENT`` times as many.  Its result is a
 file, and a cell that has one is not trained again.  All cells have as many parameters as one with
 full attention, as near as the width of the SwiGLU comes to that.  The share is that of dictionary
 entries in the tokens of a context.  Accuracy is given with N scaled with the context, and with N as
@@ -49,9 +50,12 @@ be remembered at its end as at its beginning; the paper's growth is growth=plate
 PASSED = 0.8
 """Accuracy from which on a size is passed."""
 
-PATIENCE, BEGUN = 150, 0.6
-"""Steps at one size after which to go on without that; with the first only if accuracy is so much,
-or else nothing has been learned yet that could be of use with the next."""
+PATIENCE, BEGUN = 0.15, 0.6
+"""Share of the steps at one size after which to go on without that; with the first only if accuracy
+is so much, or else nothing has been learned yet that could be of use with the next."""
+
+PATIENT = 4
+"""The most steps of the first size, in those of all others."""
 
 FIRST = {"regression": 8, "needle": 2 * recall.ALIGN}
 """Sizes that curricula begin with, if not with 4."""
@@ -82,7 +86,7 @@ class Cell:
     """Entries of a dictionary over tokens of a context."""
     seed: int
     steps: int
-    """The most optimizer steps: so many for the first size, and as many for all others."""
+    """The most optimizer steps for all sizes but the first."""
     times: tuple[int, ...] = (1, 2, 4, 8)
     """Sizes asked for, as multiples of ``size``."""
     settings: tuple[str, ...] = ()
@@ -138,7 +142,7 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
     optimizer = torch.optim.AdamW(lm.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=0.01)
     sizes = recall.curriculum(cell.size, FIRST.get(cell.task, 4))
     n_size, begin = len(sizes), time.monotonic()
-    step, since, end = 0, 0, cell.steps
+    step, since, end = 0, 0, (PATIENT if n_size > 1 else 1) * cell.steps
     while step < end:
         step += 1
         x = batch(draw, sizes[0], cell.size, generator)
@@ -154,7 +158,7 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
         if report is not None:
             report(f"{cell.name} step {step} size {sizes[0]} accuracy {accuracy:.3f}")
         begun = not on_first or accuracy >= BEGUN
-        if len(sizes) > 1 and (accuracy >= PASSED or (begun and step - since >= PATIENCE)):
+        if len(sizes) > 1 and (accuracy >= PASSED or (begun and step - since >= PATIENCE * cell.steps)):
             end = step + cell.steps if on_first else end
             sizes, since = sizes[1:], step
         elif accuracy >= 0.998:
@@ -305,7 +309,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         default=2000,
-        help="at most, for the first size and for all others (default: 2000)",
+        help="at most, for all sizes but the first (default: 2000)",
     )
     parser.add_argument("--times", default="1,2,4,8", metavar="1,2,...", help="default: 1,2,4,8")
     parser.add_argument("--data", help="text for needle; default: Python's standard library")
