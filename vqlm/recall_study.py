@@ -7,11 +7,11 @@ A *cell* is one task, mixer pattern, share and seed.  It is trained along a curr
 double whenever accuracy passes ``PASSED``, or after a share ``PATIENCE`` of the steps, as what a
 mixer has no room for it will never pass; then it is asked at 1, 2, 4 ... times its size.  How long
 the first size takes depends on the seed and on whether a mixer has a softmax, and says nothing of
-what it can remember, so its steps are counted apart, and there may be ``PATIENT`` times as many.  Its result is a
-file, and a cell that has one is not trained again.  All cells have as many parameters as one with
-full attention, as near as the width of the SwiGLU comes to that.  The share is that of dictionary
-entries in the tokens of a context.  Accuracy is given with N scaled with the context, and with N as
-trained; bytes of state, of one row after its context, stand beside it.
+what it can remember, so its steps are counted apart, and there may be ``PATIENT`` times as many.
+Its result is a file, and a cell that has one is not trained again.  All cells have as many
+parameters as one with full attention, as near as the width of the SwiGLU comes to that.  The share
+is that of dictionary entries in the tokens of a context.  Accuracy is given with N scaled with the
+context, and with N as trained; bytes of state, of one row after its context, stand beside it.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
         accuracy = _right(lm, x).float().mean().item()
         if report is not None:
             report(f"{cell.name} step {step} size {sizes[0]} accuracy {accuracy:.3f}")
-        begun = not on_first or accuracy >= BEGUN
-        if len(sizes) > 1 and (accuracy >= PASSED or (begun and step - since >= PATIENCE * cell.steps)):
+        tried = step - since >= PATIENCE * cell.steps and (not on_first or accuracy >= BEGUN)
+        if len(sizes) > 1 and (accuracy >= PASSED or tried):
             end = step + cell.steps if on_first else end
             sizes, since = sizes[1:], step
         elif accuracy >= 0.998:
