@@ -247,6 +247,38 @@ def test_revival_moves_dead_codes_alone() -> None:
     assert_close(codes[1, 2], sample[1, worst.argmax()], **EXACT)
 
 
+def test_a_revived_code_lies_so_far_on_the_way_from_the_code_that_its_key_had() -> None:
+    def revived(toward: float) -> tuple[torch.Tensor, torch.Tensor]:
+        book, keys, valid = make(n_code=6)
+        book.key_count[1, 2] = 0.001
+        stats = book(keys, book.codes(), valid).stats._replace(key_count=torch.full((G, 6), 4.0))
+        stats.key_count[1, 2] = 0
+        book.update_(stats, 0.99, revive_below=0.05, revive_toward=toward)
+        return book.codes(), stats.sample[1]
+
+    (whole, sample), (quarter, _), (nothing, _) = map(revived, (1.0, 0.25, 0.0))
+    key = sample[(whole[1, 2] - sample).norm(dim=-1).argmin()]
+    assert_close(whole[1, 2], key, **EXACT)
+    assert (nothing[1, 2] - nothing[1]).norm(dim=-1).sort().values[1] < 1e-12  # another code
+    assert_close(quarter[1, 2], 0.75 * nothing[1, 2] + 0.25 * key, **EXACT)
+
+
+def test_keys_without_clusters_use_codes_that_are_revived_half_way_not_on_a_key() -> None:
+    def used(toward: float) -> float:
+        generator = torch.Generator().manual_seed(0)
+        book = Codebook(1, 32, 32)
+        book.key_sum[:, 0] = 0.0
+        book.key_sum[:, 1:] = 9.0  # one code has all keys
+        for _ in range(60):
+            keys = torch.randn(16, 1, 32, 32, generator=generator)
+            stats = book(keys, book.codes(), torch.ones(1, 32, dtype=torch.bool)).stats
+            book.update_(stats, 0.9, 0.1, toward)
+        return stats.perplexity().item()
+
+    assert used(1.0) < 16
+    assert used(0.5) > 28
+
+
 def test_a_row_of_padding_offers_no_key_for_revival() -> None:
     book, keys, _ = make()
     keys[1] = 1e6

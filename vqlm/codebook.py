@@ -288,18 +288,25 @@ class Codebook(nn.Module):
         self.key_sum.copy_(codes * self.key_count[..., None])
 
     @torch.no_grad()
-    def update_(self, stats: CodeStats, decay: float, revive_below: float = 0.0) -> None:
+    def update_(
+        self, stats: CodeStats, decay: float, revive_below: float = 0.0, revive_toward: float = 1.0
+    ) -> None:
         """One step of exponential moving averages: sum <- decay sum + (1 - decay) new sum.
 
         ``revive_below`` > 0 also moves every code whose count is below that share of the mean
-        count onto one of the sampled keys, the worst quantized first.
+        count next to one of the sampled keys, the worst quantized first: so far on the way
+        from the code that the key has now as ``revive_toward`` says; 1 is the key itself.
+
+        Keys without clusters want less than 1.  In many dimensions two of them are farther from
+        each other than from their mean, so a code that is a key wins no other key from it, and is
+        dead again soon; half way it wins those on its side.
         """
         self.key_sum.lerp_(stats.key_sum.to(self.key_sum.dtype), 1 - decay)
         self.key_count.lerp_(stats.key_count.to(self.key_count.dtype), 1 - decay)
         if revive_below > 0:
-            self._revive_(stats.sample.to(self.key_sum.dtype), revive_below)
+            self._revive_(stats.sample.to(self.key_sum.dtype), revive_below, revive_toward)
 
-    def _revive_(self, sample: Tensor, below: float) -> None:
+    def _revive_(self, sample: Tensor, below: float, toward: float) -> None:
         codes = self.codes()
         chosen = look_up(codes, nearest_code(sample[None], codes))[0]
         error = (sample - chosen).square().sum(-1).nan_to_num(nan=-1.0)
@@ -310,6 +317,7 @@ class Codebook(nn.Module):
         head = torch.arange(len(codes), device=codes.device)[:, None]
         dead = (self.key_count[head, rarest] < below * mean) & (error[:, :n_try] >= 0)
         count = torch.where(dead, mean, self.key_count[head, rarest])
-        key = sample[head, worst[:, :n_try]] * mean[..., None]
+        place = chosen.lerp(sample, toward)[head, worst[:, :n_try]]
+        key = place * mean[..., None]
         self.key_sum[head, rarest] = torch.where(dead[..., None], key, self.key_sum[head, rarest])
         self.key_count[head, rarest] = count

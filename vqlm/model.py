@@ -346,12 +346,16 @@ class LM(nn.Module):
                 hook.remove()
 
     def update_codebooks_(
-        self, stats: tuple[CodeStats | None, ...], decay: float, revive_below: float = 0.0
+        self,
+        stats: tuple[CodeStats | None, ...],
+        decay: float,
+        revive_below: float = 0.0,
+        revive_toward: float = 1.0,
     ) -> None:
         """Applies one step's merged statistics (``LMOutput.stats``); see ``Codebook.update_``."""
         for book, seen in zip(self.codebooks(), stats, strict=True):
             if book is not None and seen is not None:
-                book.update_(seen, decay, revive_below)
+                book.update_(seen, decay, revive_below, revive_toward)
 
     @torch.inference_mode()
     def stream(

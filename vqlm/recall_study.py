@@ -63,8 +63,11 @@ FIRST = {"regression": 8, "needle": 2 * recall.ALIGN}
 N_ROW, LEARNING_RATE, WARMUP, LOOK = 16, 3e-3, 50, 25
 """Rows a step, peak rate of AdamW, steps of warm-up, steps between looks at the accuracy."""
 
-COMMITMENT = 1e-2
+COMMITMENT = 1e-4
 """Weight of a token's quantization error beside an answer's cross-entropy, each the mean of all."""
+
+DECAY, REVIVE_BELOW, REVIVE_TOWARD = 0.95, 0.1, 0.5
+"""How codebooks learn, see ``Codebook.update_``: these keys have no clusters to begin with."""
 
 FALLING = 0.3
 """Share of the steps, the last ones, over which the rate falls to 0."""
@@ -178,7 +181,7 @@ def _step(lm: LM, optimizer: torch.optim.Optimizer, x: recall.Examples, rate: fl
     out.objective(COMMITMENT * n_counted / x.counted.numel(), n_counted).loss.backward()
     torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
     optimizer.step()
-    lm.update_codebooks_(out.stats(), 0.95, 0.1)
+    lm.update_codebooks_(out.stats(), DECAY, REVIVE_BELOW, REVIVE_TOWARD)
 
 
 @torch.inference_mode()
