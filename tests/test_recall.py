@@ -1,5 +1,6 @@
 """Recall tasks: what is asked can be known from the context, and only from there."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_a_cell_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [row["times"] for row in first["lengths"]] == [1, 2]
     assert cell.model(64).n_entry == 16 and first["steps"] == 3
     monkeypatch.setattr(recall_study, "train", None)
-    assert run_cell(cell, TASKS["basic"], tmp_path) == json.loads(json.dumps(first))
+    assert run_cell(cell, TASKS["basic"], tmp_path) == first
     text = table([first]).splitlines()
     assert len(text) == 3 and "scaled" in text[1] and "as trained" in text[2]
 
@@ -215,6 +216,24 @@ def test_an_ablation_is_one_command(
     found = json.loads((tmp_path / f"basic-{vary}.json").read_bytes())["results"]
     assert [r["cell"]["settings"][-1] for r in found] == [f"{vary}={v}" for v in values * 2]
     assert (tmp_path / f"basic-{vary}.png").stat().st_size > 10_000
+
+
+def test_a_setting_that_is_so_anyway_is_the_same_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, said, other = (
+        Cell("basic", "ovq", 4, 0.25, 0, 1, (1,), settings=("d_model=16", *more))
+        for more in ((), ("growth=linear",), ("growth=plateau",))
+    )
+    first = run_cell(plain, TASKS["basic"], tmp_path)
+    monkeypatch.setattr(recall_study, "train", None)
+    found = run_cell(said, TASKS["basic"], tmp_path)
+    assert found["lengths"] == first["lengths"]
+    assert list(found["cell"]["settings"]) == ["d_model=16", "growth=linear"]
+    assert other.name != plain.name
+    assert dataclasses.replace(plain, settings=("growth_span=256",)).name.endswith(
+        "growth_span=256"
+    )
 
 
 def test_a_mistaken_ablation_trains_nothing(tmp_path: Path) -> None:

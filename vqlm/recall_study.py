@@ -97,8 +97,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Also the name of its folder."""
-        more = "".join(f",{text}" for text in self.settings)
+        """Also the name of its folder; settings that are so anyway are not in it."""
+        more = "".join(f",{text}" for text in self.settings if _says_something(text))
         facts = f"size={self.size},share={self.share:g},seed={self.seed},steps={self.steps}"
         return f"{self.task},{self.mixers},{facts}{more}"
 
@@ -114,6 +114,11 @@ class Cell:
             n_entry=max(1, round(self.share * n_context)),
         )  # fmt: skip
         return fitted(own, size) if config.layer == "swiglu" else own
+
+
+def _says_something(setting: str) -> bool:
+    key, value = setting.split("=", 1)
+    return key == "growth_span" or override(MODEL, {key: value}) != MODEL
 
 
 def batch(draw: recall.Draw, size: int, last: int, generator: torch.Generator) -> recall.Examples:
@@ -212,7 +217,7 @@ def run_cell(cell: Cell, draw: recall.Draw, out: Path, report: Any = None) -> di
     path = out / cell.name / "result.json"
     if path.is_file():
         done: dict[str, Any] = json.loads(path.read_bytes())
-        return done
+        return {**done, "cell": dataclasses.asdict(cell)}
     lm, facts = train(cell, draw, report)
     lengths = []
     for times in cell.times:
