@@ -1,5 +1,6 @@
 """Norms, sinusoids, projections and the relative shift, each against its formula in plain words."""
 
+import dataclasses
 import math
 
 import pytest
@@ -20,6 +21,7 @@ from vqlm.layers import (
     rotate,
     sinusoid,
 )
+from vqlm.model import MIXERS
 from vqlm.reference import relative_scores_by_distance
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -170,3 +172,23 @@ def test_an_output_layer_that_was_hooked_or_replaced_is_called(how: str) -> None
         twice.weight = torch.nn.Parameter(2 * torch.eye(5))
         ff.output = torch.nn.Sequential(ff.output, twice)  # type: ignore[assignment]
     assert_close(ff(x), 2 * want)
+
+
+@pytest.mark.parametrize("mixer", ["vq", "softmax", "window", "ovq"])
+def test_an_output_gate_multiplies_what_attention_gives_and_nothing_else(mixer: str) -> None:
+    config = LMConfig(
+        d_model=10, n_head=2, d_k=4, d_v=5, n_code=5, n_entry=4, chunk=3, window=3, block=4,
+        output_gate=True,
+    )  # fmt: skip
+    gated = MIXERS[mixer](config).double()
+    plain = MIXERS[mixer](dataclasses.replace(config, output_gate=False)).double()
+    weights = gated.state_dict()
+    (name,) = (name for name in weights if name.endswith("key_value_gate.weight"))
+    key_and_value, gate = weights[name].split([18, 10])
+    plain.load_state_dict(weights | {name: key_and_value})
+    holder = plain if mixer == "ovq" else plain.project
+    output, holder.output = holder.output, torch.nn.Identity()
+    x = torch.randn(2, 11, 10).double()
+    attended, *_ = plain(x)
+    want = output(attended * F.silu(x @ gate.T))
+    assert_close(gated(x)[0], want, **EXACT)

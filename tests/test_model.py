@@ -44,7 +44,7 @@ VARIANTS = {
     "both": dict(absolute_position=True, tie_embedding=True),
     "cacheless": dict(cache=False),
     "convolved": dict(conv_width=3),
-    "warmed": dict(learned_temperature=True),
+    "warmed": dict(learned_temperature=True, output_gate=True),
     "rotary": dict(positions="rotary", conv_width=2, d_k=6, position_base=50.0),
 }
 

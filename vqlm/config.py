@@ -82,6 +82,8 @@ class LMConfig:
     "mamba2" are those of transformers, of sizes that go with these (recurrent.py)."""
     layer: str = "swiglu"
     """"gau": gated attention alone, as in the paper; "swiglu": attention, then a SwiGLU."""
+    output_gate: bool = False
+    """Whether attention is multiplied by silu of a gate in "swiglu" layers too."""
     cache: bool = True
     """Whether tokens older than the window stay visible through the per-code means."""
     cache_grad: bool = True
@@ -152,8 +154,8 @@ class LMConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether the mixer gates its output (the paper's GAU)."""
-        return self.layer == "gau"
+        """Whether attention gates its output."""
+        return self.layer == "gau" or self.output_gate
 
     @property
     def ff_width(self) -> int:
@@ -397,7 +399,7 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         kinds = _kinds(hints[name])
         if float in kinds and type(value) is int:
             settings[name] = _as_float(name, value)  # JSON writers may drop ".0"
-        elif type(value) not in kinds and not (_is_names(value) and _has_tuple(kinds)):
+        elif type(value) not in kinds and not _is_names(value, kinds):
             raise _wrong_type(name, value, kinds)
     return cls(**settings)
 
@@ -433,12 +435,9 @@ def _as_float(name: str, value: int | float) -> float:
         raise ValueError(f"{name} has {len(str(value))} digits, too many for a float") from error
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
-
-
-def _has_tuple(kinds: tuple[Any, ...]) -> bool:
-    return any(typing.get_origin(kind) is tuple for kind in kinds)
+def _is_names(value: Any, kinds: tuple[Any, ...]) -> bool:
+    names = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+    return names and any(typing.get_origin(kind) is tuple for kind in kinds)
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

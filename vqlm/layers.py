@@ -148,7 +148,7 @@ class AttentionProjections(nn.Module):
 
     Queries and keys are normalised per head and scaled by K^(-1/4), so that a score is
     sqrt(K) times a cosine; with ``learned_temperature``, times a learned factor of each head.
-    Gated (the paper's GAU): SiLU on values and gate.
+    Gated: SiLU on the gate, and in the paper's GAU on the values.
     """
 
     def __init__(self, config: LMConfig) -> None:
@@ -180,7 +180,7 @@ class AttentionProjections(nn.Module):
         key, value, gate = self.key_value_gate(x).split(self.widths, -1)
         query = rearrange(self.query(x), "b t (h k) -> b h t k", k=self.config.d_k)
         key = rearrange(key, "b t (g k) -> b g t k", k=self.config.d_k)
-        value = F.silu(value) if self.config.gated else value
+        value = F.silu(value) if self.config.layer == "gau" else value
         value = rearrange(value, "b t (g v) -> b g t v", v=self.config.d_v)
         if not raw:
             query, key = self.ready(query), normalise(key, self.scale)

@@ -134,7 +134,8 @@ class LM(nn.Module):
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight)
             elif isinstance(module, nn.Linear):
-                into_stream = name.endswith((".output", ".out_proj")) and not self.config.gated
+                into_stream = name.endswith((".output", ".out_proj"))
+                into_stream = into_stream and self.config.layer == "swiglu"
                 depth = 2 * self.config.n_layer if into_stream else 1
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features * depth))
                 if module.bias is not None:

@@ -123,7 +123,7 @@ def ovq_attention(
 class OVQAttention(nn.Module):
     """OVQ-attention with its projections: ``y, state, aux = mixer(x, state)``; aux is None.
 
-    No position is encoded.  Gated layers have SiLU on values and gate, as VQ-attention.
+    No position is encoded.  Gates as in ``AttentionProjections``.
     """
 
     def __init__(self, config: LMConfig) -> None:
@@ -142,7 +142,7 @@ class OVQAttention(nn.Module):
         key, value, gate = self.key_value_gate(x).split(self.widths, -1)
         query = rearrange(self.query(x), "b t (h k) -> b h t k", k=self.config.d_k)
         key = rearrange(key, "b t (g k) -> b g t k", k=self.config.d_k)
-        value = F.silu(value) if self.config.gated else value
+        value = F.silu(value) if self.config.layer == "gau" else value
         value = rearrange(value, "b t (g v) -> b g t v", v=self.config.d_v)
         return Projected(query, key, value, gate if self.config.gated else None)
 
