@@ -206,7 +206,8 @@ def _hybrid(other: str) -> Preset:
     """OVQ's contest in small: rotary windows in turn with another mixer that has no positions."""
     model = LMConfig(
         n_layer=6, d_model=192, n_head=3, n_code=256, n_entry=256, window=128, block=128,
-        chunk=64, mixers=("window", other), positions="rotary", conv_width=3,
+        chunk=64, mixers=("window", other), positions="rotary", conv_width=3, d_ff=448,
+        output_gate=True,
     )  # fmt: skip
     train = TrainConfig(
         steps=20_000, minutes=20.0, batch_size=4, seq_len=512, context_len=4096,
