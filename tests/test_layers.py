@@ -175,7 +175,7 @@ def test_an_output_layer_that_was_hooked_or_replaced_is_called(how: str) -> None
 
 
 @pytest.mark.parametrize("mixer", ["vq", "softmax", "window", "ovq"])
-def test_an_output_gate_multiplies_what_attention_gives_and_nothing_else(mixer: str) -> None:
+def test_an_output_gate_multiplies_normalised_heads_and_changes_nothing_else(mixer: str) -> None:
     config = LMConfig(
         d_model=10, n_head=2, d_k=4, d_v=5, n_code=5, n_entry=4, chunk=3, window=3, block=4,
         output_gate=True,
@@ -190,5 +190,7 @@ def test_an_output_gate_multiplies_what_attention_gives_and_nothing_else(mixer: 
     output, holder.output = holder.output, torch.nn.Identity()
     x = torch.randn(2, 11, 10).double()
     attended, *_ = plain(x)
-    want = output(attended * F.silu(x @ gate.T))
+    heads = attended.unflatten(-1, (2, 5))
+    heads = heads / (heads.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    want = output(heads.flatten(-2) * F.silu(x @ gate.T))
     assert_close(gated(x)[0], want, **EXACT)

@@ -83,7 +83,8 @@ class LMConfig:
     layer: str = "swiglu"
     """"gau": gated attention alone, as in the paper; "swiglu": attention, then a SwiGLU."""
     output_gate: bool = False
-    """Whether attention is multiplied by silu of a gate in "swiglu" layers too."""
+    """Whether attention's heads are normalised and multiplied by silu of a gate, as in Gated
+    DeltaNet; "gau" layers have a gate anyway."""
     cache: bool = True
     """Whether tokens older than the window stay visible through the per-code means."""
     cache_grad: bool = True

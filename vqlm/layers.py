@@ -148,7 +148,8 @@ class AttentionProjections(nn.Module):
 
     Queries and keys are normalised per head and scaled by K^(-1/4), so that a score is
     sqrt(K) times a cosine; with ``learned_temperature``, times a learned factor of each head.
-    Gated: SiLU on the gate, and in the paper's GAU on the values.
+    Gated: SiLU on the gate; in the paper's GAU also on the values; with ``output_gate`` heads are
+    normalised before.
     """
 
     def __init__(self, config: LMConfig) -> None:
@@ -223,13 +224,19 @@ class AttentionProjections(nn.Module):
 
     def merge(self, heads: Float[Tensor, "B H T V"], gate: Tensor | None) -> Tensor:
         """Joins the heads, applies the gate, projects back to [B, T, D]."""
-        return gated_output(self.output, heads, gate)
+        return gated_output(self.output, heads, gate, self.config.output_gate)
 
 
 def gated_output(
-    output: nn.Module, heads: Float[Tensor, "B H T V"], gate: Float[Tensor, "B T HV"] | None
-) -> Float[Tensor, "B T D"]:
-    """Joins the heads, multiplies by silu(gate) if there is a gate, and projects."""
+    output: nn.Module, heads: Float[Tensor, "B H T V"], gate: Float[Tensor, "B T HV"] | None,
+    normal: bool,
+) -> Float[Tensor, "B T D"]:  # fmt: skip
+    """Joins the heads, multiplies by silu(gate) if there is a gate, and projects.
+
+    ``normal``: each head is normalised before (``fused.normalise``): the mean of many values is
+    small, and what is small is learned late.
+    """
+    heads = normalise(heads, 1.0).to(heads.dtype) if normal else heads
     joined = rearrange(heads, "b h t v -> b t (h v)")
     return output(joined) if gate is None else _gated(output, gate, joined)
 

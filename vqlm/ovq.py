@@ -179,4 +179,5 @@ class OVQAttention(nn.Module):
             )  # fmt: skip
             if cut is not None:
                 heads = cut.hand_on(heads, state)
-        return gated_output(self.output, heads.to(x.dtype), gate), state, None
+        y = gated_output(self.output, heads.to(x.dtype), gate, self.config.output_gate)
+        return y, state, None
