@@ -1,7 +1,7 @@
 """``vqlm contest``: mixers as language models of equal size, equal steps, data and seeds.
 
     vqlm contest --data PREPARED --out runs/contest
-    vqlm contest --data PREPARED --out runs/contest --mixers window+ovq,mamba2    two at a time
+    vqlm contest --data PREPARED --out runs/contest --mixers window,mamba2    two at a time
 
 A *cell* is one mixer pattern and seed, in a run folder of its own, as in ``vqlm ablate``.  All
 patterns have as many parameters (codebooks included) as the preset's own, as near as the width of
@@ -32,7 +32,14 @@ from vqlm.model import LM
 from vqlm.prepared import open_corpus
 from vqlm.sizes import fitted, n_learned
 
-PATTERNS = ("window+softmax", "window", "window+vq", "window+ovq", "gated-deltanet", "mamba2")
+PATTERNS = (
+    "window+window+softmax",
+    "window",
+    "window+window+vq",
+    "window+window+ovq",
+    "gated-deltanet",
+    "mamba2",
+)
 """Mixers with + between, tiled over the layers; differences are to the first that is there."""
 
 CALL = 1024
