@@ -55,7 +55,7 @@ PATIENCE, BEGUN = 0.15, 0.6
 is so much, or else nothing has been learned yet that could be of use with the next."""
 
 PATIENT = 4
-"""The most steps of the first size, in those of all others."""
+"""How many times the steps of all other sizes the first may take."""
 
 FIRST = {"regression": 8, "needle": 2 * recall.ALIGN}
 """Sizes that curricula begin with, if not with 4."""
