@@ -38,8 +38,9 @@ def demo() -> Preset:
     What ``make demo`` trains on the Python standard library's source text.
     """
     model = LMConfig(
-        n_layer=4, d_model=192, n_head=2, d_k=64, d_v=96, n_code=64, window=64, block=128
-    )
+        n_layer=4, d_model=192, n_head=2, d_k=64, d_v=96, d_ff=448, n_code=64, window=64, block=128,
+        output_gate=True,
+    )  # fmt: skip
     train = TrainConfig(
         steps=10_000, minutes=5.5, batch_size=16, seq_len=128, learning_rate=3e-3,
         final_rate=0.02, precision="auto", eval_every=400, save_every=400, **_RECIPE,
