@@ -231,6 +231,8 @@ def test_a_setting_that_is_so_anyway_is_the_same_cell(
     assert found["lengths"] == first["lengths"]
     assert list(found["cell"]["settings"]) == ["d_model=16", "growth=linear"]
     assert other.name != plain.name
+    taken_back = dataclasses.replace(other, settings=(*other.settings, "growth=linear"))
+    assert taken_back.name == plain.name and taken_back.model(64) == plain.model(64)
     assert dataclasses.replace(plain, settings=("growth_span=256",)).name.endswith(
         "growth_span=256"
     )

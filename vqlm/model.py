@@ -130,13 +130,12 @@ class LM(nn.Module):
         With a SwiGLU, what ends in the stream is also divided by sqrt(number of sublayers), as
         in GPT-2; the paper's model has no such factor.
         """
+        n_sublayer = 2 * self.config.n_layer if self.config.layer == "swiglu" else 1
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight)
             elif isinstance(module, nn.Linear):
-                into_stream = name.endswith((".output", ".out_proj"))
-                into_stream = into_stream and self.config.layer == "swiglu"
-                depth = 2 * self.config.n_layer if into_stream else 1
+                depth = n_sublayer if name.endswith((".output", ".out_proj")) else 1
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features * depth))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

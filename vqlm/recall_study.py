@@ -98,27 +98,30 @@ class Cell:
     @property
     def name(self) -> str:
         """Also the name of its folder; settings that are so anyway are not in it."""
-        more = "".join(f",{text}" for text in self.settings if _says_something(text))
+        more = "".join(f",{key}={value}" for key, value in self.said.items())
         facts = f"size={self.size},share={self.share:g},seed={self.seed},steps={self.steps}"
         return f"{self.task},{self.mixers},{facts}{more}"
 
+    @property
+    def said(self) -> dict[str, str]:
+        """Settings, the last of each key, that differ from ``MODEL``; a span always does."""
+        pairs = dict(text.split("=", 1) for text in self.settings)
+        return {
+            key: value for key, value in pairs.items()
+            if key == "growth_span" or override(MODEL, {key: value}) != MODEL
+        }  # fmt: skip
+
     def model(self, n_context: int) -> LMConfig:
         """The model, with N for contexts of so many tokens."""
-        pairs = dict(text.split("=", 1) for text in self.settings)
-        config = override(MODEL, pairs)
+        config = override(MODEL, self.said)
         size = n_learned(dataclasses.replace(config, mixers=("softmax",)))
         # "linear" growth ends with the context, as in the paper.
-        span = config.growth_span if "growth_span" in pairs else n_context
+        span = config.growth_span if "growth_span" in self.said else n_context
         own = dataclasses.replace(
             config, mixers=tuple(self.mixers.split("+")), growth_span=span,
             n_entry=max(1, round(self.share * n_context)),
         )  # fmt: skip
         return fitted(own, size) if config.layer == "swiglu" else own
-
-
-def _says_something(setting: str) -> bool:
-    key, value = setting.split("=", 1)
-    return key == "growth_span" or override(MODEL, {key: value}) != MODEL
 
 
 def batch(draw: recall.Draw, size: int, last: int, generator: torch.Generator) -> recall.Examples:
