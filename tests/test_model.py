@@ -45,6 +45,8 @@ VARIANTS = {
     "cacheless": dict(cache=False),
     "convolved": dict(conv_width=3),
     "warmed": dict(learned_temperature=True, output_gate=True),
+    "shifted": dict(shifted_keys=True),
+    "all": dict(shifted_keys=True, conv_width=3, learned_temperature=True, output_gate=True),
     "rotary": dict(positions="rotary", conv_width=2, d_k=6, position_base=50.0),
 }
 

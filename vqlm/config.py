@@ -106,6 +106,9 @@ class LMConfig:
     """Whether "vq", "softmax" and "window" learn a factor on the scores of each head, from 1 on."""
     conv_width: int = 1
     """Tokens that the short causal convolution of each mixer's input spans; 1: there is none."""
+    shifted_keys: bool = False
+    """Whether keys of "vq", "softmax" and "ovq" are those of the token before and begin as queries
+    are, so that what followed states like the present one is found from the first step on."""
     dropout_embedding: float = 0.0
     """Probability of dropping an element of the embedded input."""
     dropout_sinusoid: float = 0.0
@@ -143,10 +146,9 @@ class LMConfig:
             require_known(name, getattr(self, name), known)
         even = self.positions != "rotary" or self.d_k % 2 == 0
         _require(self, "d_k", even, "even, for rotary positions")
-        rate = self.entry_rate
-        _require(self, "entry_rate", rate is None or 0 < rate < 1, "in (0, 1), or None")
-        means = rate is None or self.filing == "join"
-        _require(self, "entry_rate", means, "None if filing is 'merge'")
+        if self.entry_rate is not None:
+            _require(self, "entry_rate", 0 < self.entry_rate < 1, "in (0, 1), or None")
+            _require(self, "entry_rate", self.filing == "join", "None if filing is 'merge'")
 
     @property
     def kv_heads(self) -> int:
@@ -174,6 +176,10 @@ class LMConfig:
     def mixer_of(self, layer: int) -> str:
         """Name of the mixer in layer number ``layer``, counted from 0."""
         return self.mixers[layer % len(self.mixers)]
+
+    def shifts_keys(self, layer: int) -> bool:
+        """Whether keys of that layer are those of the token before."""
+        return self.shifted_keys and self.mixer_of(layer) in ("vq", "softmax", "ovq")
 
 
 @dataclass(frozen=True)
@@ -292,32 +298,26 @@ class TrainConfig:
             _require(self, name, getattr(self, name) >= 0, "0 or positive")
         starts_late = self.warmup_apart and self.warmup_steps >= self.steps
         _require(self, "warmup_steps", not starts_late, f"below steps={self.steps}")
-        if self.batch_size % self.accumulate:
+        for name, of in (("accumulate", "batch_size"), ("sequence_parallel", "seq_len")):
+            parts, whole = getattr(self, name), getattr(self, of)
+            if whole % parts:
+                raise ValueError(
+                    f"TrainConfig: {name}={parts} does not divide {of}={whole}; choose a divisor"
+                )
+        length = self.context_len
+        if length is not None and (length < 1 or length % self.seq_len):
             raise ValueError(
-                f"TrainConfig: accumulate={self.accumulate} does not divide "
-                f"batch_size={self.batch_size}; choose a divisor"
-            )
-        if self.seq_len % self.sequence_parallel:
-            raise ValueError(
-                f"TrainConfig: sequence_parallel={self.sequence_parallel} does not divide "
-                f"seq_len={self.seq_len}; choose a divisor"
-            )
-        if self.context_len is not None and (
-            self.context_len < 1 or self.context_len % self.seq_len
-        ):
-            raise ValueError(
-                f"TrainConfig: context_len={self.context_len} is no multiple of "
+                f"TrainConfig: context_len={length} is no multiple of "
                 f"seq_len={self.seq_len}; choose one, or none"
             )
         if self.checkpoint_tokens is not None:
-            wanted = "at least 1, or none"
-            _require(self, "checkpoint_tokens", self.checkpoint_tokens >= 1, wanted)
+            _require(self, "checkpoint_tokens", self.checkpoint_tokens >= 1, "at least 1, or none")
             _require(self, "checkpointing", self.checkpointing, "true if checkpoint_tokens is set")
-        require_known("precision", self.precision, PRECISIONS)
-        require_known("codebook_start", self.codebook_start, CODEBOOK_STARTS)
-        require_known("optimizer", self.optimizer, OPTIMIZERS)
-        require_known("schedule", self.schedule, SCHEDULES)
-        require_known("on_divergence", self.on_divergence, ON_DIVERGENCE)
+        for name, known in (
+            ("precision", PRECISIONS), ("codebook_start", CODEBOOK_STARTS), ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS), ("on_divergence", ON_DIVERGENCE),
+        ):  # fmt: skip
+            require_known(name, getattr(self, name), known)
         if self.deterministic:
             _require(self, "minutes", self.minutes is None, "None if deterministic: time varies")
             chosen = self.precision != "auto"

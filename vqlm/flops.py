@@ -40,6 +40,11 @@ TRAINING = 3
 def model_flops(config: LMConfig, seq_len: int) -> int:
     """Of a forward pass of the whole model over ``seq_len`` tokens."""
     layers = sum(layer_flops(config, config.mixer_of(i), seq_len) for i in range(config.n_layer))
+    if shifted := sum(map(config.shifts_keys, range(config.n_layer))):
+        # The token before the call goes through their projection once more.
+        gate = config.n_head * config.d_v if config.gated else 0
+        widths = config.kv_heads * (config.d_k + config.d_v) + gate
+        layers += shifted * 2 * config.d_model * widths
     return layers + 2 * seq_len * config.d_model * config.vocab_size
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vqlm.config import LMConfig
@@ -58,6 +58,34 @@ class Projected(NamedTuple):
     """Before its SiLU."""
 
 
+class Before(NamedTuple):
+    """What a mixer needs whose keys are those of the token before (``shifted_keys``)."""
+
+    x: Float[Tensor, "B 1 D"]
+    """The mixer's input at the last token before the call; anything where there is none."""
+    begins: Bool[Tensor, "B T"]
+    """True at the first token of a document, whose key is its own."""
+
+    def keys(self, key: Float[Tensor, "B T GK"], key_first: nn.Module) -> Float[Tensor, "B T GK"]:
+        """Keys of the token before, from each token's own; ``key_first`` maps inputs to keys and
+        then what else there is."""
+        first = key_first(self.x)[..., : key.shape[-1]].to(key.dtype)
+        return torch.where(self.begins[..., None], key, torch.cat([first, key[:, :-1]], 1))
+
+
+CACHE_SCORE = 20.0
+"""The largest score of a query and a key that begin as a cache."""
+
+
+@torch.no_grad()
+def begin_alike_(query: nn.Linear, key_first: nn.Linear, n_group: int, d_k: int) -> None:
+    """Sets the rows of ``key_first`` that make keys to those of the first query head that each
+    key-value head serves: keys of the token before are then like the query where what comes next
+    is, and a layer begins as a cache of what was read (Grave et al. 2017)."""
+    heads = query.weight.unflatten(0, (n_group, -1, d_k))[:, 0]
+    key_first.weight[: n_group * d_k] = heads.flatten(0, 1)
+
+
 class Norm(nn.Module):
     """Root-mean-square norm with gain and bias: g x / sqrt(mean(x^2) + 1e-6) + b."""
 
@@ -99,12 +127,6 @@ class ShortConvolution(nn.Module):
     def __init__(self, n_channel: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, n_channel).uniform_(-1, 1) / width**0.5)
-
-    def init_state(self, batch_size: int) -> Float[Tensor, "B past D"]:
-        """The empty memory of ``batch_size`` rows."""
-        width, n_channel = self.weight.shape
-        like = self.weight  # which may be sharded: a state is not
-        return torch.zeros(batch_size, width - 1, n_channel, dtype=like.dtype, device=like.device)
 
     def forward(
         self,
@@ -172,13 +194,16 @@ class AttentionProjections(nn.Module):
             self.log_factor = nn.Parameter(torch.zeros(heads))
         self.kept: Kept[RelativeBias] = Kept()
 
-    def forward(self, x: Float[Tensor, "B T D"], raw: bool = False) -> Projected:
+    def forward(
+        self, x: Float[Tensor, "B T D"], raw: bool = False, before: Before | None = None
+    ) -> Projected:
         """Normalised queries and keys, values, and the gate if there is one.
 
         ``raw``: queries and keys before they are normalised, for what does that itself and so
-        need not keep both.
+        need not keep both.  ``before``: keys are those of the token before.
         """
         key, value, gate = self.key_value_gate(x).split(self.widths, -1)
+        key = key if before is None else before.keys(key, self.key_value_gate)
         query = rearrange(self.query(x), "b t (h k) -> b h t k", k=self.config.d_k)
         key = rearrange(key, "b t (g k) -> b g t k", k=self.config.d_k)
         value = F.silu(value) if self.config.layer == "gau" else value
@@ -186,6 +211,12 @@ class AttentionProjections(nn.Module):
         if not raw:
             query, key = self.ready(query), normalise(key, self.scale)
         return Projected(query, key, value, gate if self.config.gated else None)
+
+    def begin_as_cache_(self) -> None:
+        """Keys begin as queries, see ``begin_alike_``; scores at ``CACHE_SCORE``, if learned."""
+        begin_alike_(self.query, self.key_value_gate, self.config.kv_heads, self.config.d_k)
+        if self.learned_temperature:
+            nn.init.constant_(self.log_factor, math.log(CACHE_SCORE / math.sqrt(self.config.d_k)))
 
     def ready(self, query: Float[Tensor, "B H T K"]) -> Float[Tensor, "B H T K"]:
         """Queries normalised, and with ``learned_temperature`` times the factor of their head."""

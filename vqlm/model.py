@@ -18,13 +18,13 @@ from vqlm.config import LMConfig
 from vqlm.flops import model_flops
 from vqlm.fused import normalised
 from vqlm.kept import frozen
-from vqlm.layers import Norm, Projected, ShortConvolution, SwiGLU, drop, sinusoid
+from vqlm.layers import Before, Norm, Projected, ShortConvolution, SwiGLU, drop, sinusoid
 from vqlm.loss import IGNORED, summed_cross_entropy
 from vqlm.outputs import LMOutput, LMState, MixerState, Objective, Scored
 from vqlm.ovq import OVQAttention
 from vqlm.recurrent import GatedDeltaNet, Mamba2, RecurrentMixer
 from vqlm.sampling import pick
-from vqlm.segments import Segments
+from vqlm.segments import Segments, last_slots
 from vqlm.sequence_parallel import Cut, require_cuttable
 from vqlm.softmax import SoftmaxAttention, WindowAttention
 from vqlm.stretches import in_stretches, require_stretch
@@ -58,6 +58,9 @@ class Layer(nn.Module):
         self.has_conv = config.conv_width > 1
         if self.has_conv:
             self.conv = ShortConvolution(config.d_model, config.conv_width)
+        self.shifts_keys = config.shifts_keys(index)
+        self.n_recent = config.conv_width - 1 + self.shifts_keys
+        """Tokens whose input the layer remembers, besides its mixer's state."""
         self.has_ff = config.layer == "swiglu"
         if self.has_ff:
             self.ff_norm = Norm(config.d_model)
@@ -69,21 +72,35 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, MixerState, VQAux | None, Tensor | None]:  # fmt: skip
         """Adds the sublayers to the stream ``x`` [B, T, D]; ``seed`` as in ``LM.forward``.
 
-        ``recent``: the convolution's memory; what it is after the call comes last."""
+        ``recent``: the ``n_recent`` inputs before the call; those after it come last."""
         seeds: list[int | None] = [None] * SEEDS_PER_LAYER
         if seed is not None:
             seeds = [SEEDS_PER_LAYER * seed + i for i in range(SEEDS_PER_LAYER)]
-        mixed = self.mixer_norm(x)
+        mixed, before = self.mixer_norm(x), list[Before]()
         if recent is not None:
-            if segments.cut is not None:
-                recent = segments.cut.newest_before(mixed, recent, 1)
-            position = segments.positions(state.length, x.shape[1])
-            mixed, recent = self.conv(mixed, recent, position, segments.lengths)
-        y, state, aux = self.mixer(mixed, state, segments, with_stats, seeds[0])
+            mixed, recent, before = self._after_recent(mixed, recent, state.length, segments)
+        y, state, aux = self.mixer(mixed, state, segments, with_stats, seeds[0], *before)
         x = x + self._drop(y, seeds[1])
         if self.has_ff:
             x = x + self._drop(self.ff(self.ff_norm(x)), seeds[2])
         return x, state, aux, recent
+
+    def _after_recent(
+        self, x: Tensor, recent: Tensor, length: Tensor, segments: Segments
+    ) -> tuple[Tensor, Tensor, list[Before]]:
+        """The mixer's input [B, T, D], convolved; what is recent then; the token before the call,
+        if keys are shifted."""
+        cut, n_token = segments.cut, x.shape[1]
+        position = segments.positions(length, n_token)
+        inputs, last = recent.split([self.n_recent - self.shifts_keys, int(self.shifts_keys)], 1)
+        if self.has_conv:
+            inputs = inputs if cut is None else cut.newest_before(x, inputs, 1)
+            x, inputs = self.conv(x, inputs, position, segments.lengths)
+        if not self.shifts_keys:
+            return x, inputs, []
+        last = last if cut is None else cut.newest_before(x, last, 1)
+        newest = last_slots(torch.cat([last, x], 1), 1, n_token, segments.lengths, 1)
+        return x, torch.cat([inputs, newest], 1), [Before(last, position == 0)]
 
     def _drop(self, y: Tensor, seed: int | None) -> Tensor:
         if not self.training:
@@ -139,6 +156,10 @@ class LM(nn.Module):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features * depth))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for layer in self._layers():
+            if layer.shifts_keys:
+                mixer: Any = layer.mixer
+                (mixer if isinstance(mixer, OVQAttention) else mixer.project).begin_as_cache_()
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """Compiles (``torch.compile``) each norm and SwiGLU as one graph, without a break.
@@ -155,8 +176,13 @@ class LM(nn.Module):
         layers = tuple(layer.mixer.init_state(batch_size) for layer in self._layers())
         device = self.embedding.weight.device
         length = torch.zeros(batch_size, dtype=torch.long, device=device)
-        convs = [layer.conv for layer in self._layers() if layer.has_conv]
-        return LMState(layers, length, tuple(conv.init_state(batch_size) for conv in convs))
+        dtype, width = self.embedding.weight.dtype, self.config.d_model
+        recent = tuple(
+            torch.zeros(batch_size, layer.n_recent, width, dtype=dtype, device=device)
+            for layer in self._layers()
+            if layer.n_recent
+        )
+        return LMState(layers, length, recent)
 
     def with_entries(self, n_entry: int) -> LM:
         """A model with the same parameters whose "ovq" dictionaries have ``n_entry`` entries N.
@@ -243,10 +269,10 @@ class LM(nn.Module):
             state, segments = LMState(layers, length, state.recent), segments._replace(cut=cut)
         tokens = segments.pack(tokens)
         x = self._embed(tokens, segments.positions(state.length, tokens.shape[1]))
-        states, auxes, recent = [], [], []
+        states, auxes, recent, old = [], [], [], iter(state.recent)
         for index, layer in enumerate(self._layers()):
             own_seed = None if seed is None else seed * len(self.layers) + index
-            past = state.recent[index] if layer.has_conv else None
+            past = next(old) if layer.n_recent else None
             arguments = (x, state.layers[index], segments, with_stats, own_seed, past)
             if recompute:
                 x, new, aux, past = checkpoint(layer, *arguments, use_reentrant=False)
@@ -254,7 +280,7 @@ class LM(nn.Module):
                 x, new, aux, past = layer(*arguments)
             states.append(new)
             auxes.append(aux)
-            recent += [past] if layer.has_conv else []
+            recent += [past] if layer.n_recent else []
         length = segments.advance(state.length, tokens.shape[1])
         after = LMState(tuple(states), length, tuple(recent))
         if cut is not None:

@@ -27,7 +27,8 @@ class LMState(NamedTuple):
     length: Int[Tensor, " B"]
     """Tokens of the current document seen so far."""
     recent: tuple[Float[Tensor, "B past D"], ...] = ()
-    """Last inputs of the short convolution of each layer; nothing if there are none."""
+    """Of each layer that has any: the last inputs of its short convolution, and the last input of
+    its mixer if keys are shifted."""
 
     def detach(self) -> LMState:
         """The same values with gradients cut, for truncated back-propagation through time."""

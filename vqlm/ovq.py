@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from vqlm.chunks import lay_out
 from vqlm.config import LMConfig
 from vqlm.dictionary import Rules
-from vqlm.layers import MOST_SCORE, Projected, gated_output
+from vqlm.layers import CACHE_SCORE, MOST_SCORE, Before, Projected, begin_alike_, gated_output
 from vqlm.ovq_kernel import Call, ovq_function
 from vqlm.segments import Segments
 
@@ -137,14 +137,20 @@ class OVQAttention(nn.Module):
         self.output = nn.Linear(heads * v, config.d_model, bias=False)
         self.log_beta = nn.Parameter(torch.full((heads,), math.log(BETA_START)))
 
-    def project(self, x: Float[Tensor, "B T D"]) -> Projected:
+    def project(self, x: Float[Tensor, "B T D"], before: Before | None = None) -> Projected:
         """Queries and keys of any length, values, and the gate if there is one."""
         key, value, gate = self.key_value_gate(x).split(self.widths, -1)
+        key = key if before is None else before.keys(key, self.key_value_gate)
         query = rearrange(self.query(x), "b t (h k) -> b h t k", k=self.config.d_k)
         key = rearrange(key, "b t (g k) -> b g t k", k=self.config.d_k)
         value = F.silu(value) if self.config.layer == "gau" else value
         value = rearrange(value, "b t (g v) -> b g t v", v=self.config.d_v)
         return Projected(query, key, value, gate if self.config.gated else None)
+
+    def begin_as_cache_(self) -> None:
+        """Keys begin as queries, see ``begin_alike_``; scores at ``CACHE_SCORE``."""
+        begin_alike_(self.query, self.key_value_gate, self.config.kv_heads, self.config.d_k)
+        nn.init.constant_(self.log_beta, math.log(CACHE_SCORE))
 
     def beta(self, dtype: torch.dtype) -> Float[Tensor, " H"]:
         """Inverse temperature of each head."""
@@ -161,13 +167,15 @@ class OVQAttention(nn.Module):
         segments: Segments = Segments(),  # noqa: B008  (immutable)
         with_stats: bool | None = None,
         seed: int | None = None,
+        before: Before | None = None,
     ) -> tuple[Float[Tensor, "B T D"], OVQState, None]:
         """Any number of tokens, after those that ``state`` has seen; T = 1 decodes.
 
         ``with_stats`` and ``seed`` are for other mixers: there is no codebook and no sinusoid.
+        ``before``: keys are those of the token before.
         """
         state = self.init_state(x.shape[0]) if state is None else state
-        query, key, value, gate = self.project(x)
+        query, key, value, gate = self.project(x, before)
         # Scores, dictionary and assignments stay in float32 under autocast.
         with torch.autocast(x.device.type, enabled=False):
             dtype, cut = state.key_sum.dtype, segments.cut

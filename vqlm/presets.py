@@ -240,13 +240,14 @@ def contest() -> Preset:
     """Forty minutes a mixer on one CPU core: 6 modern layers, 2.8 M parameters, on books.
 
     What ``vqlm contest`` trains, with one mixer after another: ``sw-ovq`` with windows so short
-    that what is behind them matters, two of them for each other layer, all with temperatures that
-    are learned, as OVQ's are; and longer pieces of text.
+    that what is behind them matters, two of them for each other layer, whose keys are those of the
+    token before; temperatures that are all learned, as OVQ's are; and longer pieces of text.
     """
     model, train = _hybrid("ovq")
     model = dataclasses.replace(
-        model, mixers=("window", "window", "ovq"), window=64, block=64, learned_temperature=True
-    )
+        model, mixers=("window", "window", "ovq"), window=64, block=64, learned_temperature=True,
+        shifted_keys=True, n_entry=1024, n_code=1024,
+    )  # fmt: skip
     train = dataclasses.replace(
         train, steps=3500, minutes=None, batch_size=2, seq_len=1024, context_len=4096,
         eval_every=250, save_every=100,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from vqlm import ovq, softmax, vq
 from vqlm.data import Split
 from vqlm.flops import RECURRENT
 from vqlm.fused import at_least_float32
+from vqlm.layers import Before
 from vqlm.model import LM, Layer, LMState
 from vqlm.vocabulary import END
 
@@ -67,20 +68,23 @@ class Growth(NamedTuple):
 
 
 @torch.no_grad()
-def attention_weights(mixer: nn.Module, x: Float[Tensor, "1 T D"]) -> Float[Tensor, "H T S"]:
+def attention_weights(
+    mixer: nn.Module, x: Float[Tensor, "1 T D"], before: Before | None = None
+) -> Float[Tensor, "H T S"]:
     """The weights with which each of T tokens reads itself and the tokens before it.
 
-    ``x`` is what the mixer of a layer receives.  Memory grows with H T^2.
+    ``x``, and ``before`` if keys are shifted, are what the mixer of a layer receives.
+    Memory grows with H T^2.
 
     Raises:
         TypeError: a mixer of a kind that is not known here.
     """
     n_token = x.shape[1]
     if isinstance(mixer, ovq.OVQAttention):
-        return _ovq_weights(mixer, x)
+        return _ovq_weights(mixer, x, before)
     if not isinstance(mixer, vq.VQAttention | softmax.SoftmaxAttention):
         raise TypeError(f"attention_weights: {type(mixer).__name__} is no mixer of vqlm.model")
-    query, key, _, _ = mixer.project(x)
+    query, key, _, _ = mixer.project(x, before=before)
     if isinstance(mixer, softmax.SoftmaxAttention):
         query, key = mixer.placed(query, key, torch.arange(n_token, device=x.device)[None])
     config = dataclasses.replace(mixer.config, d_v=n_token)
@@ -100,10 +104,10 @@ def attention_weights(mixer: nn.Module, x: Float[Tensor, "1 T D"]) -> Float[Tens
     )[0][0]
 
 
-def _ovq_weights(mixer: ovq.OVQAttention, x: Tensor) -> Tensor:
+def _ovq_weights(mixer: ovq.OVQAttention, x: Tensor, before: Before | None) -> Tensor:
     n_token = x.shape[1]
     config = dataclasses.replace(mixer.config, d_v=n_token)
-    query, key, _, _ = mixer.project(x)
+    query, key, _, _ = mixer.project(x, before)
     value = repeat(torch.eye(n_token).to(key), "t v -> 1 g t v", g=config.kv_heads)
     empty = ovq.initial_state(config, 1, value)
     return ovq.ovq_attention(
@@ -133,9 +137,9 @@ def attention_mass(model: LM, tokens: Int[Tensor, "1 T"]) -> list[Mass]:
     by_distance = time[:, None] - time <= config.window
     in_chunk = time[:, None] // config.chunk == time // config.chunk
     found = []
-    for layer, x in enumerate(_inputs_of_mixers(model, tokens)):
+    for layer, (x, before) in enumerate(_inputs_of_mixers(model, tokens)):
         mixer = config.mixer_of(layer)
-        weights = attention_weights(_mixers(model)[layer], x)
+        weights = attention_weights(_mixers(model)[layer], x, before)
         near = (weights * (in_chunk if mixer == "ovq" else by_distance)).sum(-1)
         found.append(Mass(mixer, near[:, reach:].mean(-1).cpu()))
     return found
@@ -145,13 +149,15 @@ def _mixers(model: LM) -> list[nn.Module]:
     return [layer.mixer for layer in model.layers if isinstance(layer, Layer)]
 
 
-def _inputs_of_mixers(model: LM, tokens: Tensor) -> list[Tensor]:
-    """What each layer's mixer receives, [1, T, D], when the model reads ``tokens``."""
-    inputs: list[Tensor] = []
-    hooks = [
-        mixer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-        for mixer in _mixers(model)
-    ]
+def _inputs_of_mixers(model: LM, tokens: Tensor) -> list[tuple[Tensor, Before | None]]:
+    """What each layer's mixer receives when the model reads ``tokens``: [1, T, D], and what it
+    needs for shifted keys."""
+    inputs: list[tuple[Tensor, Before | None]] = []
+
+    def note(_: nn.Module, given: tuple[Any, ...]) -> None:
+        inputs.append((given[0], next((x for x in given if isinstance(x, Before)), None)))
+
+    hooks = [mixer.register_forward_pre_hook(note) for mixer in _mixers(model)]
     was_training = model.training
     model.eval()  # dropout would show another model
     try:

@@ -76,7 +76,7 @@ def _layer(config: LMConfig, index: int, rows: int, parts: int, width: int) -> l
     """What one layer sends in both passes."""
     kind, groups = config.mixer_of(index), rows * config.kv_heads
     k, v, found = config.d_k, config.d_v, []
-    past = rows * (config.conv_width - 1) * config.d_model * width
+    past = rows * (config.conv_width - 1 + config.shifts_keys(index)) * config.d_model * width
     if past:
         found.append(Sent(2 * (parts - 1) * past, 2 * past, 2))
     if kind == "ovq":

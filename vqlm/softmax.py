@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vqlm.config import LMConfig
-from vqlm.layers import AttentionProjections, RelativeBias, relative_scores, rotate
+from vqlm.layers import AttentionProjections, Before, RelativeBias, relative_scores, rotate
 from vqlm.segments import Segments, last_slots
 
 
@@ -138,10 +138,11 @@ class SoftmaxAttention(nn.Module):
         segments: Segments = Segments(),  # noqa: B008  (immutable)
         with_stats: bool | None = None,
         seed: int | None = None,
+        before: Before | None = None,
     ) -> tuple[Float[Tensor, "B T D"], SoftmaxState, None]:
         """As ``VQAttention.forward``; there is no codebook, so aux is None."""
         state = self.init_state(x.shape[0]) if state is None else state
-        query, key, value, gate = self.project(x)
+        query, key, value, gate = self.project(x, before=before)
         query, key = self.placed(query, key, segments.positions(state.length, x.shape[1]))
         if segments.cut is not None:
             state = state._replace(

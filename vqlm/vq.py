@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from vqlm.codebook import Codebook, CodeStats, Quantized, sum_by_code
 from vqlm.config import LMConfig
 from vqlm.fused import normalised
-from vqlm.layers import AttentionProjections, RelativeBias
+from vqlm.layers import AttentionProjections, Before, RelativeBias
 from vqlm.segments import Segments, last_slots
 from vqlm.sequence_parallel import Cut
 from vqlm.vq_call import Tensors
@@ -253,16 +253,18 @@ class VQAttention(nn.Module):
         segments: Segments = Segments(),  # noqa: B008  (immutable)
         with_stats: bool | None = None,
         seed: int | None = None,
+        before: Before | None = None,
     ) -> tuple[Float[Tensor, "B T D"], VQState, VQAux]:
         """Any number of tokens, after those that ``state`` has seen; T = 1 decodes.
 
         ``segments`` describes packed rows (``Segments.of(mask, starts).pack(x)``).
         ``with_stats``: gather codebook statistics; None: in training mode only.
         ``seed``: of the sinusoids' dropout; None: torch's generator.
+        ``before``: keys are those of the token before.
         """
         state = self.init_state(x.shape[0]) if state is None else state
         with_stats = self.training if with_stats is None else with_stats
-        query, key, value, gate = self.project(x, raw=True)
+        query, key, value, gate = self.project(x, True, before)
         codes, scale = self.codebook.codes(), self.project.scale
         learnable = segments.learnable(x.shape[1], x.device)
         keys = self.codebook(key, codes, learnable, with_stats, scale)
