@@ -66,6 +66,11 @@ def test_settings_that_decide_what_is_multiplied(changes: dict[str, Any]) -> Non
     assert lm.flops(150) == pytest.approx(seen(lm, 150), rel=0.012)
 
 
+def test_shifted_keys_take_one_projection_of_one_token() -> None:
+    lm = LM(dataclasses.replace(HEADS, mixers=("window", "softmax"), shifted_keys=True))
+    assert lm.flops(60) == seen(lm, 60)
+
+
 @pytest.mark.parametrize("mixer", ["vq", "ovq", "softmax"])
 def test_a_training_step_is_three_forward_passes(mixer: str) -> None:
     """Or a little more, where the backward pass computes something again."""

@@ -1,5 +1,6 @@
 """Norms, sinusoids, projections and the relative shift, each against its formula in plain words."""
 
+import copy
 import dataclasses
 import math
 
@@ -13,6 +14,7 @@ from vqlm.config import LMConfig
 from vqlm.fused import normalise
 from vqlm.layers import (
     AttentionProjections,
+    Before,
     Norm,
     ShortConvolution,
     SwiGLU,
@@ -21,7 +23,7 @@ from vqlm.layers import (
     rotate,
     sinusoid,
 )
-from vqlm.model import MIXERS
+from vqlm.model import LM, MIXERS
 from vqlm.reference import relative_scores_by_distance
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -194,3 +196,64 @@ def test_an_output_gate_multiplies_normalised_heads_and_changes_nothing_else(mix
     heads = heads / (heads.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     want = output(heads.flatten(-2) * F.silu(x @ gate.T))
     assert_close(gated(x)[0], want, **EXACT)
+
+
+class _KeysOf(torch.nn.Module):
+    """``layer`` with its first ``n_key`` outputs made from ``source`` in place of its input."""
+
+    def __init__(self, layer: torch.nn.Module, source: torch.Tensor, n_key: int) -> None:
+        super().__init__()
+        self.layer, self.source, self.n_key = layer, source, n_key
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keys = self.layer(self.source)[..., : self.n_key]
+        return torch.cat([keys, self.layer(x)[..., self.n_key :]], -1)
+
+
+@pytest.mark.parametrize("mixer", ["vq", "softmax", "ovq"])
+def test_shifted_keys_are_those_of_the_token_before_in_its_document(mixer: str) -> None:
+    config = LMConfig(
+        d_model=10, n_head=4, n_kv_head=2, d_k=4, d_v=5, n_code=5, n_entry=4, chunk=3, window=3,
+        block=4, output_gate=True,
+    )  # fmt: skip
+    shifting = MIXERS[mixer](config).double().eval()
+    x, last = torch.randn(2, 11, 10).double(), torch.randn(2, 1, 10).double()
+    begins = torch.zeros(2, 11, dtype=torch.bool)
+    begins[0, 0] = begins[1, 6] = True
+    before = torch.cat([last, x[:, :-1]], 1)
+    before[0, 0], before[1, 6] = x[0, 0], x[1, 6]
+    found = shifting(x, before=Before(last, begins))[0]
+    plain = copy.deepcopy(shifting)
+    holder = plain if mixer == "ovq" else plain.project
+    holder.key_value_gate = _KeysOf(holder.key_value_gate, before, 8)
+    assert_close(found, plain(x)[0], **EXACT)
+
+
+@pytest.mark.parametrize("mixer", ["vq", "softmax", "ovq"])
+def test_shifted_keys_begin_as_a_cache(mixer: str) -> None:
+    """Keys of the first query head of their group, and scores of 20 times a cosine."""
+    config = LMConfig(
+        vocab_size=7, n_layer=2, d_model=10, n_head=4, n_kv_head=2, d_k=4, d_v=5, n_code=5,
+        mixers=("window", mixer), shifted_keys=True, learned_temperature=True,
+    )  # fmt: skip
+    window, other = (layer.mixer for layer in LM(config).layers)
+    made = other if mixer == "ovq" else other.project
+    query, key = made.query.weight, made.key_value_gate.weight[:8]
+    assert torch.equal(key, query.unflatten(0, (4, 4))[[0, 2]].flatten(0, 1))
+    scale = made.log_beta.exp() if mixer == "ovq" else made.log_factor.exp() * 4**0.5
+    assert_close(scale, torch.full((4,), 20.0))
+    assert not torch.equal(
+        window.project.query.weight.unflatten(0, (4, 4))[0],
+        window.project.key_value_gate.weight[:4],
+    )
+    assert window.project.log_factor.abs().max() == 0
+
+
+def test_only_layers_whose_keys_are_shifted_remember_an_input_for_it() -> None:
+    config = LMConfig(
+        vocab_size=7, n_layer=4, d_model=10, n_head=2, d_k=4, d_v=5, n_entry=5, d_ff=8,
+        mixers=("window", "ovq"), shifted_keys=True,
+    )  # fmt: skip
+    assert [x.shape for x in LM(config).init_state(3).recent] == [(3, 1, 10)] * 2
+    wider = dataclasses.replace(config, conv_width=3)
+    assert [x.shape[1] for x in LM(wider).init_state(3).recent] == [2, 3, 2, 3]

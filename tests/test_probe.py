@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from vqlm import probe, reference
 from vqlm.config import LMConfig
 from vqlm.data import Split
+from vqlm.layers import Before
 from vqlm.model import LM
 from vqlm.vocabulary import END
 
@@ -51,28 +52,34 @@ def test_weights_are_those_of_the_dense_oracle(mixer: str) -> None:
     assert_close(probe.attention_weights(layer, x), want[0])
 
 
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("mixer", ["vq", "softmax", "window", "ovq"])
-def test_weights_are_causal_and_give_the_mixers_own_output(mixer: str) -> None:
+def test_weights_are_causal_and_give_the_mixers_own_output(mixer: str, shifted: bool) -> None:
     layer = model(mixer).layers[0].mixer
     x = torch.randn(1, T, 10, dtype=torch.float64)
-    weights = probe.attention_weights(layer, x)
+    before = Before(torch.randn_like(x[:, :1]), torch.arange(T)[None] == 9) if shifted else None
+    weights = probe.attention_weights(layer, x, before)
     assert_close(weights.sum(-1), torch.ones(4, T, dtype=torch.float64))
     assert_close(weights, weights.tril())
     value = layer.project(x).value if mixer != "ovq" else layer.key_value_gate(x)[..., 12:]
     value = value if value.ndim == 4 else value.reshape(1, T, 2, 3).transpose(1, 2)
     heads = torch.einsum("hts,hsv->htv", weights, value[0].repeat_interleave(2, 0))
     out = layer.project.output if mixer != "ovq" else layer.output
-    assert_close(out(heads.transpose(0, 1).reshape(1, T, 12)), layer(x)[0])
+    assert_close(out(heads.transpose(0, 1).reshape(1, T, 12)), layer(x, before=before)[0])
+    plain = probe.attention_weights(layer, x)
+    assert shifted != torch.equal(weights, plain)
 
 
-def test_mass_is_the_weight_within_the_window_or_the_open_chunk() -> None:
-    lm, tokens = model("vq", "window", "ovq"), some_tokens()
+@pytest.mark.parametrize("shifted", [False, True])
+def test_mass_is_the_weight_within_the_window_or_the_open_chunk(shifted: bool) -> None:
+    lm, tokens = model("vq", "window", "ovq", shifted_keys=shifted), some_tokens()
     found = probe.attention_mass(lm, tokens)
     assert [m.mixer for m in found] == ["vq", "window", "ovq"]
     assert_close(found[1].near, torch.ones(4, dtype=torch.float64))
     inputs = probe._inputs_of_mixers(lm, tokens)
+    assert [before is not None for _, before in inputs] == [shifted, False, shifted]
     for layer in (0, 2):
-        weights = probe.attention_weights(lm.layers[layer].mixer, inputs[layer])
+        weights = probe.attention_weights(lm.layers[layer].mixer, *inputs[layer])
         by_hand = torch.zeros(4, dtype=torch.float64)
         for t in range(8, T):
             first = t - t % 5 if layer == 2 else t - 7

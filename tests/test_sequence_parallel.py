@@ -33,6 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
         model=dict(mixers=("window",), positions="rotary", conv_width=4), starts=0.1
     ),
     "ovq": dict(model=dict(mixers=("ovq",), n_entry=12, chunk=5, conv_width=3), starts=0.05),
+    "shifted": dict(
+        model=dict(mixers=("vq", "ovq"), n_entry=12, chunk=8, conv_width=2, shifted_keys=True),
+        starts=0.1,
+    ),
     "mixed": dict(
         model=dict(mixers=("vq", "ovq"), n_entry=12, chunk=8), starts=0.05, checkpointing=True
     ),

@@ -76,9 +76,9 @@ def _layer(config: LMConfig, index: int, rows: int, parts: int, width: int) -> l
     """What one layer sends in both passes."""
     kind, groups = config.mixer_of(index), rows * config.kv_heads
     k, v, found = config.d_k, config.d_v, []
-    past = rows * (config.conv_width - 1 + config.shifts_keys(index)) * config.d_model * width
-    if past:
-        found.append(Sent(2 * (parts - 1) * past, 2 * past, 2))
+    for n_token in (config.conv_width - 1, int(config.shifts_keys(index))):
+        if past := rows * n_token * config.d_model * width:
+            found.append(Sent(2 * (parts - 1) * past, 2 * past, 2))
     if kind == "ovq":
         floats = groups * (config.n_entry * (k + v + 1) + config.chunk * (k + v)) * width
         both = 2 * floats + 2 * rows * LENGTH_BYTES
