@@ -39,9 +39,11 @@ from vqlm.sizes import fitted, n_learned
 MODEL = LMConfig(
     vocab_size=recall.VOCAB_SIZE, n_layer=2, d_model=64, n_head=4, d_k=32, d_v=32, n_code=64,
     window=8, block=64, chunk=recall.ALIGN, growth="linear", positions="rotary", conv_width=3,
-    learned_temperature=True,
+    learned_temperature=True, shifted_keys=True,
 )  # fmt: skip
-"""Default sizes; mixers and N are the cell's.  The window is no longer than the smallest contexts
+"""Default sizes; mixers and N are the cell's.  Keys of all but windows are those of the token
+before, so that a value is filed under the name before it; Gated DeltaNet and Mamba-2 have
+convolutions for that.  The window is no longer than the smallest contexts
 of the curriculum, or else the window layers learn all there is in those, and nothing is left for
 the others to begin with.  All learn their temperature, as contexts are asked for that are longer
 than those of the training.  Dictionaries grow evenly over a context, in which there is as much to
