@@ -204,11 +204,12 @@ def imagenet64_mini() -> Preset:
 
 
 def _hybrid(other: str) -> Preset:
-    """OVQ's contest in small: rotary windows in turn with another mixer that has no positions."""
+    """OVQ's contest in small: rotary windows in turn with another mixer that has no positions, and
+    whose keys are those of the token before."""
     model = LMConfig(
         n_layer=6, d_model=192, n_head=3, n_code=256, n_entry=256, window=128, block=128,
         chunk=64, mixers=("window", other), positions="rotary", conv_width=3, d_ff=448,
-        output_gate=True,
+        output_gate=True, shifted_keys=True,
     )  # fmt: skip
     train = TrainConfig(
         steps=20_000, minutes=20.0, batch_size=4, seq_len=512, context_len=4096,
@@ -240,13 +241,13 @@ def contest() -> Preset:
     """Forty minutes a mixer on one CPU core: 6 modern layers, 2.8 M parameters, on books.
 
     What ``vqlm contest`` trains, with one mixer after another: ``sw-ovq`` with windows so short
-    that what is behind them matters, two of them for each other layer, whose keys are those of the
-    token before; temperatures that are all learned, as OVQ's are; and longer pieces of text.
+    that what is behind them matters, two of them for each other layer, which has four times as
+    many entries or codes; temperatures that are all learned, as OVQ's are; longer pieces of text.
     """
     model, train = _hybrid("ovq")
     model = dataclasses.replace(
         model, mixers=("window", "window", "ovq"), window=64, block=64, learned_temperature=True,
-        shifted_keys=True, n_entry=1024, n_code=1024,
+        n_entry=1024, n_code=1024,
     )  # fmt: skip
     train = dataclasses.replace(
         train, steps=3500, minutes=None, batch_size=2, seq_len=1024, context_len=4096,
