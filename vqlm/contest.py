@@ -218,6 +218,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+FIRST_DRAWN = 64
+"""First position of the plot of differences: before it there are few bytes, which differ much."""
+
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")
 
 
@@ -231,7 +234,9 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path | str) -> None:
         at = np.maximum(at * 1.5, probe.FIRST_BIN / 2)  # the middle of each bin
         style: dict[str, Any] = dict(color=colour, marker="o", markersize=3, label=row["mixers"])
         left.plot(at, own, **style)
-        right.plot(at, own - np.array(base["by_position"]), **style)
+        gap = own - np.array(base["by_position"])
+        if (far := np.array(row["first"]) >= FIRST_DRAWN).any():
+            right.plot(at[far], gap[far], **style)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("tokens read before (log)")
