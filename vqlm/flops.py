@@ -42,17 +42,14 @@ def model_flops(config: LMConfig, seq_len: int) -> int:
     layers = sum(layer_flops(config, config.mixer_of(i), seq_len) for i in range(config.n_layer))
     if shifted := sum(map(config.shifts_keys, range(config.n_layer))):
         # The token before the call goes through their projection once more.
-        gate = config.n_head * config.d_v if config.gated else 0
-        widths = config.kv_heads * (config.d_k + config.d_v) + gate
-        layers += shifted * 2 * config.d_model * widths
+        layers += shifted * 2 * config.d_model * _key_value_gate(config)
     return layers + 2 * seq_len * config.d_model * config.vocab_size
 
 
 def layer_flops(config: LMConfig, mixer: str, seq_len: int) -> int:
     """Of one layer: projections, attention, and the SwiGLU if it has one."""
-    heads, groups, k, v = config.n_head, config.kv_heads, config.d_k, config.d_v
-    gate = heads * v if config.gated else 0
-    projected = heads * k + groups * (k + v) + gate + heads * v
+    heads, k, v = config.n_head, config.d_k, config.d_v
+    projected = heads * k + _key_value_gate(config) + heads * v
     if mixer in RECURRENT:
         projected = _recurrent_projections(config, mixer)
     total = 2 * seq_len * config.d_model * projected + attention_flops(config, mixer, seq_len)
@@ -61,6 +58,12 @@ def layer_flops(config: LMConfig, mixer: str, seq_len: int) -> int:
     if config.layer == "swiglu":
         total += 2 * seq_len * config.d_model * 3 * config.ff_width
     return total
+
+
+def _key_value_gate(config: LMConfig) -> int:
+    """Width of the projection that makes keys, values and the gate."""
+    gate = config.n_head * config.d_v if config.gated else 0
+    return config.kv_heads * (config.d_k + config.d_v) + gate
 
 
 def attention_flops(config: LMConfig, mixer: str, seq_len: int) -> int:
