@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,10 @@ def test_an_answer_stands_where_the_distance_says(task: str, size: int) -> None:
     for row, t in x.counted.nonzero().tolist():
         source = t + 1 - int(x.distance[row, t])
         assert source < x.n_context
-        assert x.tokens[row, source] == x.targets[row, t] == x.tokens[row, t + 1]
+        assert x.tokens[row, source] == x.targets[row, t]
         assert x.tokens[row, source - 1] == x.tokens[row, t]
+        after = x.tokens[row, t + 1] if t + 1 < x.tokens.shape[1] else None
+        assert after in (recall.FILLER if task == "positional" else x.targets[row, t], None)
         if task == "positional":
             earlier = (x.tokens[row, : source - 1] == x.tokens[row, t]).sum()
             assert x.tokens[row, t - 1] == recall._RANK0 + earlier
@@ -46,25 +49,40 @@ def test_keys_come_once_and_sparse_pairs_lie_among_filler() -> None:
         assert x.n_context == 128 * share
 
 
-def test_regression_asks_for_what_two_earlier_points_tell() -> None:
+def test_regression_asks_at_a_new_x_for_what_two_points_tell() -> None:
     x = draw("regression", 64)
-    name, place, y = (x.tokens[:, i::3] for i in range(3))
+    assert x.n_context == 192 and x.tokens.shape[1] == 192 + 3 * 32
+    name, place, y = (x.tokens[:, i:192:3] for i in range(3))
     place, y = place - recall._X0, y - recall._Y0
-    assert place.min() == -4 and place.max() == 4 and x.counted[:, 1::3].sum() > 90
-    assert not x.counted[:, 0::3].any() and not x.counted[:, 2::3].any()
+    asked, new, hidden = (x.tokens[:, 192 + i :: 3] for i in range(3))
+    assert place.min() == -4 and place.max() == 4 and x.counted.sum() > 80
+    assert not x.counted[:, :193].any() and not x.counted[:, 192::3].any()
+    assert not x.counted[:, 194::3].any() and (hidden == recall.FILLER).all()
     for row in range(len(name)):
-        for i in range(64):
-            earlier = [j for j in range(i) if name[row, j] == name[row, i]]
-            points = {int(place[row, j]): int(y[row, j]) for j in earlier}
-            t = 3 * i + 1
-            assert bool(x.counted[row, t]) == (len(points) >= 2)
-            if len(points) >= 2:
-                (x0, y0), (x1, y1) = list(points.items())[:2]
-                a = (y1 - y0) // (x1 - x0)
-                assert x.targets[row, t] - recall._Y0 == y0 + a * (place[row, i] - x0)
-                assert x.distance[row, t] == 3 * (i - earlier[-1])
-    tokens = x.tokens.unique()
-    assert tokens.min() >= recall._KEY0 and tokens.max() < recall._RANK0
+        for i in range(32):
+            own = [j for j in range(64) if name[row, j] == asked[row, i]]
+            points = {int(place[row, j]): int(y[row, j]) for j in own}
+            t = 193 + 3 * i
+            assert bool(x.counted[row, t]) == (2 <= len(points) <= 8)
+            if x.counted[row, t]:
+                at = int(new[row, i] - recall._X0)
+                assert at not in points and -4 <= at <= 4
+                (x1, y1), (x2, y2) = list(points.items())[:2]
+                told = y1 + (y2 - y1) * (at - x1) / (x2 - x1)
+                assert told == int(x.targets[row, t] - recall._Y0)
+                source = t + 1 - int(x.distance[row, t])
+                later = {int(place[row, j]) for j in own if 3 * j + 2 > source}
+                assert source % 3 == 2 and (source - 2) // 3 in own and len(later) == 1
+                assert int(place[row, (source - 2) // 3]) not in later
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_more_than_there_are_keys_is_refused(task: str) -> None:
+    most = {"positional": 4096, "regression": 8192}.get(task, 1024)
+    assert draw(task, most, n_row=1).n_context >= 2 * most
+    for size in (most + 1, 0):
+        with pytest.raises(ValueError, match=rf"size {size}, .* to {most}, .* 1024 keys"):
+            draw(task, size)
 
 
 def test_needle_is_answered_by_the_text(tmp_path: Path) -> None:
@@ -90,8 +108,6 @@ def test_needle_is_answered_by_the_text(tmp_path: Path) -> None:
 def test_a_seed_gives_the_same_and_another_gives_others(task: str) -> None:
     assert torch.equal(draw(task, 16).tokens, draw(task, 16).tokens)
     assert not torch.equal(draw(task, 16).tokens, draw(task, 16, seed=1).tokens)
-    with pytest.raises(ValueError, match="number of keys"):
-        draw(task, recall.N_KEY + 1)
 
 
 def test_curriculum_doubles() -> None:
@@ -111,6 +127,24 @@ def test_a_cell_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(text) == 3 and "scaled" in text[1] and "as trained" in text[2]
 
 
+def test_the_table_has_the_mean_of_the_seeds_and_the_least() -> None:
+    def result(seed: int, *right: float) -> dict[str, Any]:
+        rows = [
+            {"times": 2**i, "scaled": {"accuracy": share, "state_bytes": 2048}}
+            for i, share in enumerate(right)
+        ]
+        cell = dataclasses.asdict(Cell("basic", "window", 4, 1.0, seed, 3))
+        return {"cell": cell, "lengths": rows}
+
+    results = [result(0, 0.5, 1.0), result(1, 0.25, 1.0), result(2, 0.75, 0.4)]
+    head, line = table(results).split("\n")
+    assert head.split() == ["mixers,", "share,", "N", "seeds", "1x", "2x"]
+    assert line.split("3", 1)[1].split() == "0.500 (0.250) 2 KB 0.800 (0.400) 2 KB".split()
+    assert len(head) == len(line)
+    alone = table([result(0, 0.5, 1.0)]).split("\n")[1]
+    assert alone.split()[1:] == "1 0.500 2 KB 1.000 2 KB".split()
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_small_sizes_are_trained_in_more_rows_and_without_the_filler_in_front(task: str) -> None:
     def drawn(size: int) -> Examples:
@@ -120,9 +154,9 @@ def test_small_sizes_are_trained_in_more_rows_and_without_the_filler_in_front(ta
     front = whole.tokens.shape[1] - x.tokens.shape[1]
     assert len(x.tokens) == 4 * 16 and (x.tokens[:, 0] != recall.FILLER).all()
     assert (whole.tokens[:, :front] == recall.FILLER).all()
-    assert front == {"basic": 32, "positional": 32}.get(task, 0)
-    for row, t in x.counted.nonzero()[:50].tolist():
-        assert x.targets[row, t] == x.tokens[row, t + 1] == whole.tokens[row, t + 1 + front]
+    assert front == {"basic": 32, "positional": 32, "regression": 16}.get(task, 0)
+    for field in ("tokens", "targets", "counted", "distance"):
+        assert torch.equal(getattr(x, field), getattr(whole, field)[:, front:])
     assert x.n_context == whole.n_context - front
     assert x.counted.sum() == whole.counted.sum()
     assert torch.equal(

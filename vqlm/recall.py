@@ -8,8 +8,8 @@
 
 A batch is a context and then questions.  The context is filled up at its front so that it ends at a
 multiple of ``ALIGN`` tokens: with chunks that divide it the open chunk of OVQ-attention is empty
-when questions begin, and can't answer for the dictionary.  (Of "regression" every triple is asked
-for as it comes, so it has no questions apart.)
+when questions begin, and can't answer for the dictionary.  Where an answer would tell of another
+("positional", "regression") filler stands in its place, so that none can be read among questions.
 
 Axes: B batch, T time, P pairs or other things to remember.
 """
@@ -76,7 +76,7 @@ def sparse(n_pair: int, n_row: int, generator: torch.Generator) -> Examples:
 
 
 def _pairs(n_pair: int, n_row: int, generator: torch.Generator, gap: int) -> Examples:
-    _require_pairs(n_pair, N_KEY)
+    _require_size(n_pair, 1, N_KEY)
     key = _KEY0 + _distinct(n_row, N_KEY, n_pair, generator)
     value = _VALUE0 + torch.randint(N_VALUE, (n_row, n_pair), generator=generator)
     at = _distinct(n_row, gap * n_pair, n_pair, generator).sort(1).values
@@ -88,8 +88,11 @@ def _pairs(n_pair: int, n_row: int, generator: torch.Generator, gap: int) -> Exa
 
 
 def positional(n_pair: int, n_row: int, generator: torch.Generator) -> Examples:
-    """``n_pair`` pairs of n_pair / 4 keys, each with four values; "which was the second of k?"."""
-    _require_pairs(n_pair, N_KEY)
+    """``n_pair`` pairs of n_pair / 4 keys, each with four values; "which was the second of k?".
+
+    Who knows a key's values, but not their order, is right with one answer in four.
+    """
+    _require_size(n_pair, 1, N_KEY * OCCURRENCES)
     n_key = max(1, n_pair // OCCURRENCES)
     key = _KEY0 + _distinct(n_row, N_KEY, n_key, generator)
     shuffled = _distinct(n_row, n_key * OCCURRENCES, n_key * OCCURRENCES, generator)
@@ -101,17 +104,19 @@ def positional(n_pair: int, n_row: int, generator: torch.Generator) -> Examples:
     rank = (same.tril(-1)).sum(-1)
     question = torch.stack([_RANK0 + rank, key.gather(1, which)], -1)
     question = question.gather(1, asked[..., None].expand(-1, -1, 2))
-    return _join(body, question, value.gather(1, asked), 2 * asked + 1)
+    return _join(body, question, value.gather(1, asked), 2 * asked + 1, shown=False)
 
 
 def regression(n_triple: int, n_row: int, generator: torch.Generator) -> Examples:
-    """``n_triple`` triples of n_triple / 8 functions; y is asked for of every triple whose function
-    has come with two other x before, which tell it.
+    """``n_triple`` triples of n_triple / 8 functions, then as many questions as triples, or
+    ``MOST_ASKED``, for the y of a function at an x that it hasn't come with.
 
-    x, a and b are whole numbers, uniform from -4, -2 and -4 to 4, 2 and 4.
+    x, a and b are whole numbers, uniform from -4, -2 and -4 to 4, 2 and 4.  Counted are functions
+    that have come with two x, which tell them, and not with all; the distance is to the farther of
+    the nearest two.
     """
-    _require_pairs(n_triple, N_KEY)
     n_function = max(1, n_triple // 8)
+    _require_size(n_triple, 2, N_KEY * 8)
     which = torch.randint(n_function, (n_row, n_triple), generator=generator)
     name = _KEY0 + _distinct(n_row, N_KEY, n_function, generator)
 
@@ -120,17 +125,26 @@ def regression(n_triple: int, n_row: int, generator: torch.Generator) -> Example
 
     a, b, x = drawn(SLOPE, n_function), drawn(OFFSET, n_function), drawn(PLACE, n_triple)
     y = a.gather(1, which) * x + b.gather(1, which)
-    body = torch.stack([name.gather(1, which), _X0 + x, _Y0 + y], -1)
-    tokens = body.flatten(1)
-    same = (which[:, :, None] == which[:, None]).tril(-1)
-    index = torch.arange(n_triple)
-    before = torch.where(same, index, -1).amax(-1)
-    other = same & (x[:, None] != x.gather(1, before.clamp(min=0))[..., None])
-    counted = torch.zeros_like(tokens, dtype=torch.bool)
-    counted[:, 1::3] = other.any(-1)
-    distance = torch.zeros_like(tokens)
-    distance[:, 1::3] = 3 * (index - before)
-    return Examples(tokens, tokens.roll(-1, 1), counted, distance * counted, tokens.shape[1])
+    body = torch.stack([name.gather(1, which), _X0 + x, _Y0 + y], -1).flatten(1)
+
+    n_place = 2 * PLACE + 1
+    come = torch.zeros(n_row, n_function * n_place, dtype=torch.bool)
+    come = come.scatter(1, which * n_place + x + PLACE, True).unflatten(1, (n_function, n_place))
+    n_asked = min(n_triple, MOST_ASKED)
+    of = torch.randint(n_function, (n_row, n_asked), generator=generator)
+    come = come.gather(1, of[..., None].expand(-1, -1, n_place))
+    new = torch.rand(come.shape, generator=generator).masked_fill(come, -1).argmax(-1) - PLACE
+    answer = a.gather(1, of) * new + b.gather(1, of)
+    nearest = _last(which[:, None] == of[..., None])
+    other = (which[:, None] == of[..., None]) & (x[:, None] != x.gather(1, nearest)[..., None])
+    told = other.any(-1) & ~come.all(-1)
+    question = torch.stack([name.gather(1, of), _X0 + new], -1)
+    return _join(body, question, _Y0 + answer, 3 * _last(other) + 2, shown=False, counted=told)
+
+
+def _last(true: Bool[Tensor, "B P T"]) -> Int[Tensor, "B P"]:
+    """Index of the last true one, 0 where there is none."""
+    return (true * torch.arange(true.shape[2])).amax(-1)
 
 
 def needle(split: Split) -> Draw:
@@ -206,9 +220,12 @@ def curriculum(size: int, start: int = 4) -> list[int]:
     return sizes
 
 
-def _require_pairs(n: int, most: int) -> None:
-    if not 1 <= n <= most:
-        raise ValueError(f"recall: size {n}, but it must be from 1 to {most}, the number of keys")
+def _require_size(n: int, least: int, most: int) -> None:
+    if not least <= n <= most:
+        raise ValueError(
+            f"recall: size {n}, but this task's must be from {least} to {most}, for which "
+            f"{N_KEY} keys are enough"
+        )
 
 
 def _distinct(n_row: int, n: int, k: int, generator: torch.Generator) -> Int[Tensor, "B k"]:
@@ -221,18 +238,23 @@ def _join(
     question: Int[Tensor, "B P Q"],
     answer: Int[Tensor, "B P"],
     source: Int[Tensor, "B P"],
+    *,
+    shown: bool = True,
+    counted: Bool[Tensor, "B P"] | None = None,
 ) -> Examples:
-    """Filler, ``body``, and questions each followed by its answer.  ``source``: the answer's place
-    in ``body``."""
+    """Filler, ``body``, and questions each followed by its answer, or if not ``shown`` by filler.
+    ``source``: the answer's place in ``body``; ``counted``: which are, None: all."""
     front = -body.shape[1] % ALIGN
     filler = body.new_full((len(body), front), FILLER)
-    asked = torch.cat([question, answer[..., None]], -1).flatten(1)
+    after = answer if shown else torch.full_like(answer, FILLER)
+    asked = torch.cat([question, after[..., None]], -1).flatten(1)
     n_context = front + body.shape[1]
     tokens = torch.cat([filler, body, asked], 1)
     width = question.shape[2] + 1
     at = n_context + width * torch.arange(answer.shape[1]) + width - 2
-    counted = torch.zeros_like(tokens, dtype=torch.bool)
-    counted[:, at] = True
-    distance = torch.zeros_like(tokens)
+    due = torch.zeros_like(tokens, dtype=torch.bool)
+    due[:, at] = True if counted is None else counted
+    targets, distance = tokens.roll(-1, 1), torch.zeros_like(tokens)
+    targets[:, at] = answer
     distance[:, at] = at + 1 - (front + source)
-    return Examples(tokens, tokens.roll(-1, 1), counted, distance, n_context)
+    return Examples(tokens, targets, due, distance * due, n_context)

@@ -265,15 +265,19 @@ def lines_of(results: Sequence[dict[str, Any]]) -> Lines:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Accuracy by length, means over seeds, and bytes of state, a line for each of ``lines_of``."""
+    """Accuracy by length, the mean of the seeds and (with several) the least of theirs in brackets,
+    and bytes of state, a line for each of ``lines_of``."""
     times = [row["times"] for row in results[0]["lengths"]]
-    lines = [f"{'mixers, share, N':>40}  seeds" + "".join(f"{f'{n}x':>16}" for n in times)]
+    several = len({result["cell"]["seed"] for result in results}) > 1
+    width = 24 if several else 16
+    lines = [f"{'mixers, share, N':>40}  seeds" + "".join(f"{f'{n}x':>{width}}" for n in times)]
     for (label, kind), own in lines_of(results).items():
         line = f"{label:>40}  {len(own):5}"
         for i in range(len(times)):
             rows = [result["lengths"][i][kind] for result in own]
-            mean = statistics.mean(row["accuracy"] for row in rows)
-            line += f"{mean:7.3f} {rows[0]['state_bytes'] / 1024:5.0f} KB"
+            right = [row["accuracy"] for row in rows]
+            least = f" ({min(right):.3f})" if several else ""
+            line += f"{statistics.mean(right):7.3f}{least} {rows[0]['state_bytes'] / 1024:5.0f} KB"
         lines.append(line)
     return "\n".join(lines)
 
