@@ -41,7 +41,7 @@ def arguments(data: Path, out: Path, *words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     contest.add_arguments(parser)
     options = ["--data", str(data), "--out", str(out), "--length", "50", "--pieces", "2"]
-    return parser.parse_args([*SMALL, *words, *options])
+    return parser.parse_args([*options, *SMALL, *words])
 
 
 def test_the_contest_s_models_have_equal_sizes() -> None:
@@ -123,8 +123,10 @@ def test_two_commands_in_one_folder_end_in_one_table(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     contest.run(arguments(data, tmp_path, "n_layer=4", "--mixers", "window+window+ovq,mamba2"))
-    # Is left out below:
+    # Are left out below:
     contest.run(arguments(data, tmp_path, "n_layer=4", "steps=1", "--mixers", "window"))
+    (tmp_path / "of another study").mkdir()
+    (tmp_path / "of another study" / "result.json").write_text("{}")
     more = "window+window+softmax,gated-deltanet"
     got = contest.run(arguments(data, tmp_path, "n_layer=4", "--mixers", more))
     assert "window,seed=0 has other settings" in capsys.readouterr().err
@@ -166,6 +168,10 @@ def test_a_stopped_contest_goes_on(
         (["seed=1"], "give it with --seeds"),
         (["mini", "demo"], "one preset at most"),
         (["stepz=1"], "did you mean 'steps'"),
+        (["--length", "100000"], "no test document has 100000 tokens"),
+        (["--length", "0"], "--length 0"),
+        (["--pieces", "0"], "--pieces 0"),
+        (["n_layer=2", "--mixers", "window+window+vq"], "want 3 layers or more, but n_layer=2"),
     ],
 )
 def test_mistakes_are_told(data: Path, tmp_path: Path, words: list[str], message: str) -> None:

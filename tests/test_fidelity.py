@@ -58,6 +58,9 @@ def test_the_command_prints_and_returns_its_table(
 def test_settings_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "fidelity", "--rules", "groth=eager"]) == 2
     assert "did you mean 'growth'" in capsys.readouterr().err
+    for settings in ("d_v=64", "n_kv_head=2", "d_k=64"):
+        with pytest.raises(ValueError, match="values as wide as keys, and as many heads"):
+            table({"x": settings})
     with pytest.raises(ValueError, match="key=value"):
         table({"x": "growth"})
     with pytest.raises(ValueError, match="seed"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import corpus
+from tiny import corpus, text
 
 from vqlm import cli, recall, recall_study
 from vqlm.data import decode
@@ -110,7 +110,18 @@ def test_a_seed_gives_the_same_and_another_gives_others(task: str) -> None:
     assert not torch.equal(draw(task, 16).tokens, draw(task, 16, seed=1).tokens)
 
 
+def test_questions_begin_with_nothing_but_the_dictionary_to_look_in() -> None:
+    for task in TASKS:
+        cell = Cell(task, "window+ovq", 16, 0.25, 0, 1)
+        x = draw(task, 16)
+        lm = LM(cell.model(x.n_context))
+        state = lm(x.tokens[:, : x.n_context]).state.layers[1]
+        assert int(state.n_used.min()) == round(0.25 * x.n_context)
+        assert (state.length % lm.config.chunk == 0).all()
+
+
 def test_curriculum_doubles() -> None:
+    assert curriculum(512, 128, 64) == [128, 256, 512] and curriculum(320, 128, 64) == [320]
     assert curriculum(64) == [4, 8, 16, 32, 64]
     assert curriculum(5) == [5] and curriculum(24) == [6, 12, 24]
 
@@ -128,13 +139,13 @@ def test_a_cell_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_table_has_the_mean_of_the_seeds_and_the_least() -> None:
-    def result(seed: int, *right: float) -> dict[str, Any]:
+    def result(seed: int, *right: float, reached: int = 4) -> dict[str, Any]:
         rows = [
             {"times": 2**i, "scaled": {"accuracy": share, "state_bytes": 2048}}
             for i, share in enumerate(right)
         ]
         cell = dataclasses.asdict(Cell("basic", "window", 4, 1.0, seed, 3))
-        return {"cell": cell, "lengths": rows}
+        return {"cell": cell, "lengths": rows, "reached": reached}
 
     results = [result(0, 0.5, 1.0), result(1, 0.25, 1.0), result(2, 0.75, 0.4)]
     head, line = table(results).split("\n")
@@ -143,6 +154,8 @@ def test_the_table_has_the_mean_of_the_seeds_and_the_least() -> None:
     assert len(head) == len(line)
     alone = table([result(0, 0.5, 1.0)]).split("\n")[1]
     assert alone.split()[1:] == "1 0.500 2 KB 1.000 2 KB".split()
+    _, line, note = table([result(0, 0.5), result(1, 0.1, reached=2)]).split("\n")
+    assert line.split()[:2] == ["window", "2!"] and note.startswith("!: with some seeds nothing")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -344,3 +357,74 @@ def test_another_number_of_entries_has_the_same_parameters() -> None:
     same = small.with_entries(lm.n_entry)
     assert torch.equal(same(tokens).logits, small(tokens).logits)
     assert large(tokens).state.bytes() > small(tokens).state.bytes()
+
+
+def test_a_result_of_something_else_is_not_taken_for_the_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ("d_model=16", "d_k=8", "d_v=8")
+    cell = Cell("basic", "window", 4, 1.0, 0, 1, (1,), small, "a text")
+    done = run_cell(cell, TASKS["basic"], tmp_path)
+    assert run_cell(cell, TASKS["basic"], tmp_path) == done
+    for changes, said in (
+        ({"times": (1, 2)}, r"times is \[1\] there and \[1, 2\] here; use another --out"),
+        ({"text": "another"}, "text is 'a text' there and 'another' here"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_cell(dataclasses.replace(cell, **changes), TASKS["basic"], tmp_path)
+    monkeypatch.setattr(recall_study, "WARMUP", 7)
+    with pytest.raises(ValueError, match="warmup is 50 there and 7 here"):
+        run_cell(cell, TASKS["basic"], tmp_path)
+    (tmp_path / cell.name / "cell.json").unlink()
+    with pytest.raises(ValueError, match="no part of a study"):
+        run_cell(cell, TASKS["basic"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--times", "1,32"], "size 2048, but this task's must be from 1 to 1024"),
+        (["--times", "0"], "--times [0]"),
+        (["--steps", "0"], "--steps 0"),
+        (["--shares", "-1"], "shares of more than 0"),
+        (["--shares", "a"], "'a' is not numbers"),
+        (["--mixers", "window+window+ovq"], "want 3 layers or more, but n_layer=2"),
+        (["--vary", "n_entry=16,512"], "n_entry is a setting that --shares decides"),
+        (["mixers=vq"], "mixers is a setting that --mixers decides"),
+        (["chunk=256"], "chunk=256 is no divisor of 64"),
+        (["layer=gau"], "no SwiGLU"),
+        (["--out", __file__], "ot a directory"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_trained(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(recall_study, "train", None)
+    out = [] if "--out" in words else ["--out", str(tmp_path)]
+    mixers = [] if "--mixers" in words else ["--mixers", "window+ovq"]
+    try:
+        code = cli.main(["recall", "basic", *mixers, *out, *words])
+    except SystemExit as stop:  # of argparse
+        code = stop.code
+    assert code not in (0, None)
+    assert said in capsys.readouterr().err
+
+
+def test_settings_are_checked_all_together() -> None:
+    cell = Cell("basic", "window+ovq", 4, 0.25, 0, 3, settings=("n_head=6", "n_kv_head=3"))
+    assert cell.model(64).kv_heads == 3 and cell.name.endswith(",n_head=6,n_kv_head=3")
+
+
+def test_a_needle_is_hidden_in_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sentencepiece")
+    books, prepared = tmp_path / "books", str(tmp_path / "prepared")
+    for i, split in enumerate(["train"] * 4 + ["validation", "test"]):
+        (books / split).mkdir(parents=True, exist_ok=True)
+        (books / split / f"{i}.txt").write_bytes(text(300, seed=i))
+    (books / "metadata.csv").write_text("".join(f"{i},T,1900,u\n" for i in range(6)))
+    command = ["data", "prepare", "pg19", "--source", str(books), "--out", prepared]
+    assert cli.main([*command, "vocab_size=300"]) == 0
+    arguments = ["recall", "needle", "--data", prepared, "--size", "64", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 2
+    assert "needle wants a text in bytes" in capsys.readouterr().err

@@ -110,7 +110,7 @@ def finished(
         "train": dataclasses.asdict(cell.train),
         "data": data,
     }
-    _claim(folder, json.loads(json.dumps(settings)))
+    claim(folder, settings)
     if (folder / "result.json").is_file():
         done: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
         return done
@@ -126,11 +126,16 @@ def finished(
     return result
 
 
-def _claim(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
-    """Notes in a cell's folder what it is for, or refuses a folder that is for something else."""
-    path = folder / "cell.json"
+def claim(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
+    """Notes in a cell's folder what it is for: parts, such as "model", and their fields.
+
+    Raises:
+        ValueError: the folder holds something for which other settings were noted, or none.
+    """
+    path, settings = folder / "cell.json", json.loads(json.dumps(settings))
     if not path.is_file():
-        if checkpoint.newest_checkpoint(folder) is not None:
+        occupied = (folder / "result.json").is_file()
+        if occupied or checkpoint.newest_checkpoint(folder) is not None:
             raise ValueError(f"{folder} holds a run that is no part of a study; use another --out")
         folder.mkdir(parents=True, exist_ok=True)
         throughput.write_json(path, settings)

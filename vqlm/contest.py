@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from vqlm import ablate, presets, probe, throughput, timing
 from vqlm.ablate import Cell
@@ -67,13 +68,11 @@ def cells(patterns: Sequence[str], seeds: Sequence[int], base: presets.Preset) -
     ]
 
 
-def judged(model: LM, split: Split, length: int, n_piece: int) -> dict[str, Any]:
-    """Bits per byte of pieces of ``length`` tokens, in all and by bins of the position, and bytes
-    of the state of one row behind such a piece.
-
-    Raises:
-        ValueError: no document is that long.
-    """
+def _pieces(split: Split, length: int, n_piece: int) -> Int[np.ndarray, "n length"]:
+    if length < 1 or n_piece < 1:
+        raise ValueError(
+            f"contest: --length {length} --pieces {n_piece}; want at least one of both"
+        )
     text = probe.pieces(split, length, n_piece)
     if text is None:
         longest = int(np.diff([*split.document_offsets, len(split.tokens)]).max())
@@ -81,6 +80,17 @@ def judged(model: LM, split: Split, length: int, n_piece: int) -> dict[str, Any]
             f"contest: no test document has {length} tokens, the longest {longest}; "
             f"choose --length {longest} or less"
         )
+    return text
+
+
+def judged(model: LM, split: Split, length: int, n_piece: int) -> dict[str, Any]:
+    """Bits per byte of pieces of ``length`` tokens, in all and by bins of the position, and bytes
+    of the state of one row behind such a piece.
+
+    Raises:
+        ValueError: no document is that long, or nothing is to be read.
+    """
+    text = _pieces(split, length, n_piece)
     first, by_piece, n_bits, n_bytes, state_bytes = probe.first_of_bins(length), [], 0.0, 0, 0
     for number, row in enumerate(text, start=1):
         print(f"  reading piece {number} of {len(text)}", file=sys.stderr, flush=True)
@@ -121,7 +131,7 @@ def gathered(out: Path, like: Cell) -> list[dict[str, Any]]:
     """Results of all cells in ``out`` that differ from ``like`` in mixers, width and seed alone."""
     wanted, found = _setting(out / like.name), []
     for path in sorted(out.glob("*/result.json")):
-        if _setting(path.parent) == wanted:
+        if (path.parent / "cell.json").is_file() and _setting(path.parent) == wanted:
             found.append(json.loads(path.read_bytes()))
         else:
             print(f"{path.parent.name} has other settings, and is left out", file=sys.stderr)
@@ -146,7 +156,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     ``spread`` is the standard deviation over seeds, None for one.  ``difference`` is to the first
     pattern, in percent, over the seeds that both have, None if there are none; ``error`` its
-    standard error over pieces of text, None for one piece.
+    standard error over pieces of text, None for one piece: how much the choice of text decides.
+    What the choice of the seed decides is not in it, and pieces of one book are taken as apart.
     """
     groups: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
@@ -288,6 +299,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, train = override_all(pairs, *presets.get(preset))
     source = str(Path(args.data).expanduser().absolute()) if args.data else None
     corpus = open_corpus(source)
+    _pieces(corpus.test, args.length, args.pieces)  # a mistake should come before the training
     if "vocab_size" not in pairs:
         model = dataclasses.replace(model, vocab_size=corpus.vocabulary.size)
     patterns = [part.strip() for part in args.mixers.split(",") if part.strip()]

@@ -113,7 +113,7 @@ def table(
     """A row for each of ``variants``: mean and spread of the error over ``seeds``.
 
     Raises:
-        ValueError: settings that ``LMConfig`` doesn't have, or no seeds.
+        ValueError: settings that ``LMConfig`` or the streams don't have, or no seeds.
     """
     if not seeds:
         raise ValueError("fidelity: want at least one seed")
@@ -123,6 +123,12 @@ def table(
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError(f"fidelity: {settings!r} is not key=value,key=value")
         config = override(sizes, dict(pairs))
+        if config.d_v != config.d_k or config.kv_heads != config.n_head:
+            raise ValueError(
+                f"fidelity: {settings!r} has d_k={config.d_k}, d_v={config.d_v}, "
+                f"n_head={config.n_head}, n_kv_head={config.kv_heads}; want values as wide as keys, "
+                f"and as many heads of both"
+            )
         errors = [error(config, seed=seed) for seed in seeds]
         spread = statistics.stdev(errors) if len(errors) > 1 else None
         rows.append(

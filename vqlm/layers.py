@@ -73,6 +73,29 @@ class Before(NamedTuple):
         return torch.where(self.begins[..., None], key, torch.cat([first, key[:, :-1]], 1))
 
 
+def projection_widths(config: LMConfig) -> list[int]:
+    """How many keys, values and gates ``project`` finds beside each other."""
+    groups, k, v = config.kv_heads, config.d_k, config.d_v
+    return [groups * k, groups * v, config.n_head * v if config.gated else 0]
+
+
+def project(
+    x: Float[Tensor, "B T D"], query_layer: nn.Module, key_value_gate: nn.Module,
+    config: LMConfig, before: Before | None = None,
+) -> Projected:  # fmt: skip
+    """Queries and keys of any length, values, and the gate if there is one.
+
+    ``before``: keys are those of the token before.
+    """
+    key, value, gate = key_value_gate(x).split(projection_widths(config), -1)
+    key = key if before is None else before.keys(key, key_value_gate)
+    query = rearrange(query_layer(x), "b t (h k) -> b h t k", k=config.d_k)
+    key = rearrange(key, "b t (g k) -> b g t k", k=config.d_k)
+    value = F.silu(value) if config.layer == "gau" else value
+    value = rearrange(value, "b t (g v) -> b g t v", v=config.d_v)
+    return Projected(query, key, value, gate if config.gated else None)
+
+
 CACHE_SCORE = 20.0
 """The largest score of a query and a key that begin as a cache."""
 
@@ -177,10 +200,10 @@ class AttentionProjections(nn.Module):
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
         self.config = config
-        heads, groups, k, v = config.n_head, config.kv_heads, config.d_k, config.d_v
-        self.widths = [groups * k, groups * v, heads * v if config.gated else 0]
+        heads, k, v = config.n_head, config.d_k, config.d_v
         self.query = nn.Linear(config.d_model, heads * k, bias=False)
-        self.key_value_gate = nn.Linear(config.d_model, sum(self.widths), bias=False)
+        n_row = sum(projection_widths(config))
+        self.key_value_gate = nn.Linear(config.d_model, n_row, bias=False)
         self.relative = config.positions == "relative"
         if self.relative:
             self.position = nn.Linear(config.d_model, heads * k, bias=False)
@@ -202,15 +225,10 @@ class AttentionProjections(nn.Module):
         ``raw``: queries and keys before they are normalised, for what does that itself and so
         need not keep both.  ``before``: keys are those of the token before.
         """
-        key, value, gate = self.key_value_gate(x).split(self.widths, -1)
-        key = key if before is None else before.keys(key, self.key_value_gate)
-        query = rearrange(self.query(x), "b t (h k) -> b h t k", k=self.config.d_k)
-        key = rearrange(key, "b t (g k) -> b g t k", k=self.config.d_k)
-        value = F.silu(value) if self.config.layer == "gau" else value
-        value = rearrange(value, "b t (g v) -> b g t v", v=self.config.d_v)
-        if not raw:
-            query, key = self.ready(query), normalise(key, self.scale)
-        return Projected(query, key, value, gate if self.config.gated else None)
+        own = project(x, self.query, self.key_value_gate, self.config, before)
+        if raw:
+            return own
+        return own._replace(query=self.ready(own.query), key=normalise(own.key, self.scale))
 
     def begin_as_cache_(self) -> None:
         """Keys begin as queries, see ``begin_alike_``; scores at ``CACHE_SCORE``, if learned."""

@@ -32,14 +32,22 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vqlm.chunks import lay_out
 from vqlm.config import LMConfig
 from vqlm.dictionary import Rules
-from vqlm.layers import CACHE_SCORE, MOST_SCORE, Before, Projected, begin_alike_, gated_output
+from vqlm.layers import (
+    CACHE_SCORE,
+    MOST_SCORE,
+    Before,
+    Projected,
+    begin_alike_,
+    gated_output,
+    project,
+    projection_widths,
+)
 from vqlm.ovq_kernel import Call, ovq_function
 from vqlm.segments import Segments
 
@@ -130,22 +138,16 @@ class OVQAttention(nn.Module):
         super().__init__()
         self.config = config
         self.rules = Rules.of(config)
-        heads, groups, k, v = config.n_head, config.kv_heads, config.d_k, config.d_v
-        self.widths = [groups * k, groups * v, heads * v if config.gated else 0]
+        heads, k, v = config.n_head, config.d_k, config.d_v
         self.query = nn.Linear(config.d_model, heads * k, bias=False)
-        self.key_value_gate = nn.Linear(config.d_model, sum(self.widths), bias=False)
+        n_row = sum(projection_widths(config))
+        self.key_value_gate = nn.Linear(config.d_model, n_row, bias=False)
         self.output = nn.Linear(heads * v, config.d_model, bias=False)
         self.log_beta = nn.Parameter(torch.full((heads,), math.log(BETA_START)))
 
     def project(self, x: Float[Tensor, "B T D"], before: Before | None = None) -> Projected:
         """Queries and keys of any length, values, and the gate if there is one."""
-        key, value, gate = self.key_value_gate(x).split(self.widths, -1)
-        key = key if before is None else before.keys(key, self.key_value_gate)
-        query = rearrange(self.query(x), "b t (h k) -> b h t k", k=self.config.d_k)
-        key = rearrange(key, "b t (g k) -> b g t k", k=self.config.d_k)
-        value = F.silu(value) if self.config.layer == "gau" else value
-        value = rearrange(value, "b t (g v) -> b g t v", v=self.config.d_v)
-        return Projected(query, key, value, gate if self.config.gated else None)
+        return project(x, self.query, self.key_value_gate, self.config, before)
 
     def begin_as_cache_(self) -> None:
         """Keys begin as queries, see ``begin_alike_``; scores at ``CACHE_SCORE``."""

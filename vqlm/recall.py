@@ -212,10 +212,11 @@ def find(task: str, split: Split | None = None) -> Draw:
     return needle(split)
 
 
-def curriculum(size: int, start: int = 4) -> list[int]:
-    """Sizes to train at one after another: doubling from ``start`` to ``size``."""
+def curriculum(size: int, start: int = 4, multiple: int = 1) -> list[int]:
+    """Sizes to train at one after another: doubling from ``start``, or the next that is a multiple
+    of ``multiple``, to ``size``."""
     sizes = [size]
-    while sizes[0] // 2 >= start:
+    while sizes[0] // 2 >= start and sizes[0] // 2 % multiple == 0:
         sizes.insert(0, sizes[0] // 2)
     return sizes
 

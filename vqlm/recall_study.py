@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqlm import ablate, recall, throughput
-from vqlm.config import LMConfig, override
+from vqlm import ablate, recall, throughput, timing
+from vqlm.config import LMConfig, override, setting_pairs
 from vqlm.loss import IGNORED
 from vqlm.model import LM
 from vqlm.prepared import open_corpus
 from vqlm.sizes import fitted, n_learned
+from vqlm.vocabulary import BYTES
 
 MODEL = LMConfig(
     vocab_size=recall.VOCAB_SIZE, n_layer=2, d_model=64, n_head=4, d_k=32, d_v=32, n_code=64,
@@ -78,6 +79,16 @@ MOST_ROW = 64
 """Rows a step of the small sizes, at most: as many answers are learned from, or somewhat less."""
 
 
+def _training() -> dict[str, Any]:
+    """The constants above, as a cell's folder notes them."""
+    return {
+        "passed": PASSED, "patience": PATIENCE, "begun": BEGUN, "patient": PATIENT, "n_row": N_ROW,
+        "learning_rate": LEARNING_RATE, "warmup": WARMUP, "look": LOOK, "commitment": COMMITMENT,
+        "decay": DECAY, "revive_below": REVIVE_BELOW, "revive_toward": REVIVE_TOWARD,
+        "falling": FALLING, "most_row": MOST_ROW, "first": FIRST,
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training."""
@@ -96,6 +107,8 @@ class Cell:
     """Sizes asked for, as multiples of ``size``."""
     settings: tuple[str, ...] = ()
     """Other settings of LMConfig, key=value."""
+    text: str = ""
+    """Fingerprint of the text that "needle" hides in."""
 
     @property
     def name(self) -> str:
@@ -107,14 +120,22 @@ class Cell:
     @property
     def said(self) -> dict[str, str]:
         """Settings, the last of each key, that differ from ``MODEL``; a span always does."""
-        pairs = dict(text.split("=", 1) for text in self.settings)
+        pairs = setting_pairs(self.settings)
+        own = override(MODEL, pairs)
         return {
             key: value for key, value in pairs.items()
-            if key == "growth_span" or override(MODEL, {key: value}) != MODEL
+            if key == "growth_span" or getattr(own, key) != getattr(MODEL, key)
         }  # fmt: skip
 
     def model(self, n_context: int) -> LMConfig:
-        """The model, with N for contexts of so many tokens."""
+        """The model, with N for contexts of so many tokens.
+
+        Raises:
+            ValueError: settings that are unknown, can't be, or are given otherwise.
+        """
+        given = {"mixers": "--mixers", "n_entry": "--shares", "vocab_size": "the task"}
+        if wrong := [key for key in setting_pairs(self.settings) if key in given]:
+            raise ValueError(f"recall: {wrong[0]} is a setting that {given[wrong[0]]} decides")
         config = override(MODEL, self.said)
         size = n_learned(dataclasses.replace(config, mixers=("softmax",)))
         # "linear" growth ends with the context, as in the paper.
@@ -123,7 +144,18 @@ class Cell:
             config, mixers=tuple(self.mixers.split("+")), growth_span=span,
             n_entry=max(1, round(self.share * n_context)),
         )  # fmt: skip
-        return fitted(own, size) if config.layer == "swiglu" else own
+        if "ovq" in own.mixers and recall.ALIGN % own.chunk:
+            raise ValueError(
+                f"recall: chunk={own.chunk} is no divisor of {recall.ALIGN}: a chunk would be open "
+                f"when questions begin, and answer for the dictionary"
+            )
+        return fitted(own, size)
+
+    def made_with(self, n_context: int) -> dict[str, dict[str, Any]]:
+        """All that the result depends on."""
+        model = dataclasses.asdict(self.model(n_context))
+        asked = {"times": list(self.times), "text": self.text}
+        return {"model": model, "train": _training(), "data": asked}
 
 
 def batch(draw: recall.Draw, size: int, last: int, generator: torch.Generator) -> recall.Examples:
@@ -153,7 +185,8 @@ def train(cell: Cell, draw: recall.Draw, report: Any = None) -> tuple[LM, dict[s
     torch.manual_seed(cell.seed)
     lm = LM(cell.model(full))
     optimizer = torch.optim.AdamW(lm.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=0.01)
-    sizes = recall.curriculum(cell.size, FIRST.get(cell.task, 4))
+    multiple = recall.ALIGN if cell.task == "needle" else 1
+    sizes = recall.curriculum(cell.size, FIRST.get(cell.task, 4), multiple)
     n_size, begin = len(sizes), time.monotonic()
     step, since, end = 0, 0, (PATIENT if n_size > 1 else 1) * cell.steps
     while step < end:
@@ -202,7 +235,8 @@ def _right(lm: LM, x: recall.Examples) -> Tensor:
 
 @torch.inference_mode()
 def accuracy(lm: LM, draw: recall.Draw, size: int, seed: int, n_batch: int = 4) -> dict[str, Any]:
-    """Accuracy at ``size``, in all and by quarters of the distance, and bytes of a row's state."""
+    """Accuracy at ``size``, in all and by quarters of the distance, of how many answers, and bytes
+    of a row's state."""
     generator = torch.Generator().manual_seed(1_000_003 + seed)
     batches = [draw(size, 8, generator) for _ in range(n_batch)]
     right, distance = [_right(lm, x) for x in batches], [x.distance[x.counted] for x in batches]
@@ -212,14 +246,20 @@ def accuracy(lm: LM, draw: recall.Draw, size: int, seed: int, n_batch: int = 4) 
     quarters = [part.mean().item() for part in hits[order].chunk(4)]
     bounds = far.quantile(torch.tensor([0.25, 0.5, 0.75, 1.0]).double()).tolist()
     return {
-        "size": size, "accuracy": hits.mean().item(), "state_bytes": n_byte,
+        "size": size, "accuracy": hits.mean().item(), "answers": len(hits), "state_bytes": n_byte,
         "by_distance": quarters, "distance_up_to": bounds,
     }  # fmt: skip
 
 
 def run_cell(cell: Cell, draw: recall.Draw, out: Path, report: Any = None) -> dict[str, Any]:
-    """Trains and asks a cell, or reads its result."""
+    """Trains and asks a cell, or reads its result.
+
+    Raises:
+        ValueError: its folder is of a cell with other settings.
+    """
     path = out / cell.name / "result.json"
+    n_context = draw(cell.size, 1, torch.Generator().manual_seed(0)).n_context
+    ablate.claim(path.parent, cell.made_with(n_context))
     if path.is_file():
         done: dict[str, Any] = json.loads(path.read_bytes())
         return {**done, "cell": dataclasses.asdict(cell)}
@@ -235,13 +275,8 @@ def run_cell(cell: Cell, draw: recall.Draw, out: Path, report: Any = None) -> di
         if "ovq" in lm.config.mixers:
             row["fixed"] = accuracy(lm, draw, size, cell.seed)
         lengths.append(row)
-    n_parameter = sum(p.numel() for p in lm.parameters())
-    result = {
-        "cell": dataclasses.asdict(cell),
-        **facts,
-        "parameters": n_parameter,
-        "lengths": lengths,
-    }
+    facts["parameters"] = n_learned(lm.config)
+    result = {"cell": dataclasses.asdict(cell), **facts, "lengths": lengths}
     throughput.write_json(path, result)
     return result
 
@@ -272,13 +307,16 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     width = 24 if several else 16
     lines = [f"{'mixers, share, N':>40}  seeds" + "".join(f"{f'{n}x':>{width}}" for n in times)]
     for (label, kind), own in lines_of(results).items():
-        line = f"{label:>40}  {len(own):5}"
+        begun = all(result["reached"] == result["cell"]["size"] for result in own)
+        line = f"{label:>40}  {f'{len(own)}' if begun else f'{len(own)}!':>5}"
         for i in range(len(times)):
             rows = [result["lengths"][i][kind] for result in own]
             right = [row["accuracy"] for row in rows]
             least = f" ({min(right):.3f})" if several else ""
             line += f"{statistics.mean(right):7.3f}{least} {rows[0]['state_bytes'] / 1024:5.0f} KB"
         lines.append(line)
+    if any("!" in line for line in lines):
+        lines.append("!: with some seeds nothing was learned of the small sizes to go on with")
     return "\n".join(lines)
 
 
@@ -320,15 +358,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vary", metavar="KEY=A,B,...",
         help="train with each of these: founders, growth, entry_rate, filing, entry_read, ...",
     )  # fmt: skip
-    parser.add_argument("--shares", default="0.25", metavar="X,Y,...", help="default: 0.25")
-    parser.add_argument("--seeds", default="0", metavar="0,1,...", help="default: 0")
+    parser.add_argument(
+        "--shares", type=timing.fractions, default=[0.25], metavar="X,Y,...", help="default: 0.25"
+    )
+    parser.add_argument(
+        "--seeds", type=timing.numbers, default=[0], metavar="0,1,...", help="default: 0"
+    )
     parser.add_argument(
         "--steps",
         type=int,
         default=2000,
         help="at most, for all sizes but the first (default: 2000)",
     )
-    parser.add_argument("--times", default="1,2,4,8", metavar="1,2,...", help="default: 1,2,4,8")
+    parser.add_argument(
+        "--times", type=timing.numbers, default=[1, 2, 4, 8], metavar="1,2,...",
+        help="lengths to ask at, in that of the training (default: 1,2,4,8)",
+    )  # fmt: skip
     parser.add_argument("--data", help="text for needle; default: Python's standard library")
     parser.add_argument("--out", type=Path, default=Path("runs/recall"), help="folder of results")
 
@@ -337,30 +382,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains what is not trained yet, prints the table, returns all results.
 
     Raises:
-        ValueError: settings that are unknown or can't be.
+        ValueError: settings that are unknown or can't be, a context for which there are not keys or
+            text enough, or results of other settings in the folder; before anything is trained.
     """
-    if any("=" not in word for word in args.what):
-        raise ValueError(f"recall: settings are key=value, got {' '.join(args.what)}")
-    shares = [float(part) for part in args.shares.split(",")]
-    seeds, times = ([int(n) for n in text.split(",")] for text in (args.seeds, args.times))
-    split = open_corpus(args.data).train if args.task == "needle" else None
-    draw = recall.find(args.task, split)
+    corpus = open_corpus(args.data) if args.task == "needle" else None
+    if corpus is not None and corpus.vocabulary.size != BYTES.size:
+        raise ValueError("recall: needle wants a text in bytes, not in pieces (vocab_size=0)")
+    draw = recall.find(args.task, None if corpus is None else corpus.train)
     name, _, values = (args.vary or "").partition("=")
     varied = [(f"{name}={value}",) for value in values.split(",") if value] if args.vary else [()]
     if not varied:
         raise ValueError(f"recall: --vary is KEY=A,B,..., got {args.vary}")
-    cells = [
-        Cell(
-            args.task, mixers, args.size, share if "ovq" in mixers else 1.0, seed, args.steps,
-            tuple(times), (*args.what, *setting),
-        )
-        for seed in seeds
-        for setting in varied
-        for mixers in args.mixers.split(",")
-        for share in (shares if "ovq" in mixers else shares[:1])
-    ]  # fmt: skip
+    cells = _cells(args, varied, "" if corpus is None else corpus.fingerprint)
+    for times in args.times:
+        draw(args.size * times, 1, torch.Generator())
+    n_context = draw(args.size, 1, torch.Generator()).n_context
     for cell in cells:
-        cell.model(args.size)  # a mistake in any should come before the first is trained
+        ablate.claim(args.out / cell.name, cell.made_with(n_context))
     results = []
     for cell in cells:
         results.append(run_cell(cell, draw, args.out, lambda text: print(text, flush=True)))
@@ -370,3 +408,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     throughput.write_json(args.out / f"{study}.json", found)
     plot(results, f"{args.task}: accuracy by length of the context", args.out / f"{study}.png")
     return found
+
+
+def _cells(
+    args: argparse.Namespace, varied: Sequence[tuple[str, ...]], fingerprint: str
+) -> list[Cell]:
+    """All that the command asks for, seed by seed; shares are for dictionaries alone."""
+    if any("=" not in word for word in args.what):
+        raise ValueError(f"recall: settings are key=value, got {' '.join(args.what)}")
+    if min(args.steps, *args.times) < 1 or min(args.shares) <= 0:
+        raise ValueError(
+            f"recall: --steps {args.steps} --times {args.times} --shares {args.shares}; want whole "
+            f"numbers from 1 on, and shares of more than 0"
+        )
+    return [
+        Cell(
+            args.task, mixers, args.size, share if "ovq" in mixers else 1.0, seed, args.steps,
+            tuple(args.times), (*args.what, *setting), fingerprint,
+        )
+        for seed in dict.fromkeys(args.seeds)
+        for setting in varied
+        for mixers in args.mixers.split(",")
+        for share in (args.shares if "ovq" in mixers else args.shares[:1])
+    ]  # fmt: skip

@@ -24,8 +24,14 @@ def fitted(config: LMConfig, target: int) -> LMConfig:
     """``config`` with the width of the SwiGLU at which ``n_learned`` is nearest to ``target``.
 
     Raises:
-        ValueError: layers without a SwiGLU, or a model that is too large without one.
+        ValueError: layers without a SwiGLU, a model that is too large without one, or fewer layers
+            than the pattern of mixers has.
     """
+    if config.n_layer < len(config.mixers):
+        raise ValueError(
+            f"mixers {'+'.join(config.mixers)} want {len(config.mixers)} layers or more, but "
+            f"n_layer={config.n_layer}, and the last would be in none; choose a larger n_layer"
+        )
     if config.layer != "swiglu":
         raise ValueError(f"layer={config.layer!r} has no SwiGLU to adapt; use layer=swiglu")
     widths = (WIDTH_STEP, 2 * WIDTH_STEP)

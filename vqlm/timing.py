@@ -201,6 +201,18 @@ def numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
 
 
+def fractions(text: str) -> list[float]:
+    """The type of an option such as ``--shares 0.125,0.25``.
+
+    Raises:
+        argparse.ArgumentTypeError: something that is no number.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
+
+
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile; one value is all three."""
     if len(values) < 2:
