@@ -59,7 +59,7 @@ def test_settings_that_are_none_are_refused(capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["bench", "fidelity", "--rules", "groth=eager"]) == 2
     assert "did you mean 'growth'" in capsys.readouterr().err
     for settings in ("d_v=64", "n_kv_head=2", "d_k=64"):
-        with pytest.raises(ValueError, match="values as wide as keys, and as many heads"):
+        with pytest.raises(ValueError, match="values as wide as keys, and as many"):
             table({"x": settings})
     with pytest.raises(ValueError, match="key=value"):
         table({"x": "growth"})

@@ -126,8 +126,8 @@ def table(
         if config.d_v != config.d_k or config.kv_heads != config.n_head:
             raise ValueError(
                 f"fidelity: {settings!r} has d_k={config.d_k}, d_v={config.d_v}, "
-                f"n_head={config.n_head}, n_kv_head={config.kv_heads}; want values as wide as keys, "
-                f"and as many heads of both"
+                f"n_head={config.n_head}, n_kv_head={config.kv_heads}; want values as wide as "
+                f"keys, and as many heads of both"
             )
         errors = [error(config, seed=seed) for seed in seeds]
         spread = statistics.stdev(errors) if len(errors) > 1 else None
