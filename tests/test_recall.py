@@ -49,13 +49,18 @@ def test_keys_come_once_and_sparse_pairs_lie_among_filler() -> None:
         assert x.n_context == 128 * share
 
 
-def test_regression_asks_at_a_new_x_for_what_two_points_tell() -> None:
+@pytest.mark.parametrize("most", [4, 1])
+def test_regression_asks_at_a_new_x_for_what_two_points_tell(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall, "PLACE", most)  # of three x, all have often come
     x = draw("regression", 64)
     assert x.n_context == 192 and x.tokens.shape[1] == 192 + 3 * 32
     name, place, y = (x.tokens[:, i:192:3] for i in range(3))
     place, y = place - recall._X0, y - recall._Y0
     asked, new, hidden = (x.tokens[:, 192 + i :: 3] for i in range(3))
-    assert place.min() == -4 and place.max() == 4 and x.counted.sum() > 80
+    assert place.min() == -most and place.max() == most
+    assert x.counted.sum() > 80 if most == 4 else x.counted.sum() < 60
     assert not x.counted[:, :193].any() and not x.counted[:, 192::3].any()
     assert not x.counted[:, 194::3].any() and (hidden == recall.FILLER).all()
     for row in range(len(name)):
@@ -63,10 +68,10 @@ def test_regression_asks_at_a_new_x_for_what_two_points_tell() -> None:
             own = [j for j in range(64) if name[row, j] == asked[row, i]]
             points = {int(place[row, j]): int(y[row, j]) for j in own}
             t = 193 + 3 * i
-            assert bool(x.counted[row, t]) == (2 <= len(points) <= 8)
+            assert bool(x.counted[row, t]) == (2 <= len(points) <= 2 * most)
             if x.counted[row, t]:
                 at = int(new[row, i] - recall._X0)
-                assert at not in points and -4 <= at <= 4
+                assert at not in points and -most <= at <= most
                 (x1, y1), (x2, y2) = list(points.items())[:2]
                 told = y1 + (y2 - y1) * (at - x1) / (x2 - x1)
                 assert told == int(x.targets[row, t] - recall._Y0)
@@ -409,6 +414,18 @@ def test_a_mistake_is_told_before_anything_is_trained(
         code = stop.code
     assert code not in (0, None)
     assert said in capsys.readouterr().err
+
+
+def test_another_study_s_folder_is_told_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recall_study, "train", None)
+    last = Cell("basic", "window", 64, 1.0, 1, 2000)
+    (tmp_path / last.name).mkdir()
+    (tmp_path / last.name / "result.json").write_text("{}")
+    arguments = ["recall", "basic", "--mixers", "window", "--seeds", "0,1"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert "no part of a study" in capsys.readouterr().err
 
 
 def test_settings_are_checked_all_together() -> None:
