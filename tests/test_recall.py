@@ -154,7 +154,7 @@ def test_the_table_has_the_mean_of_the_seeds_and_the_least() -> None:
 
     results = [result(0, 0.5, 1.0), result(1, 0.25, 1.0), result(2, 0.75, 0.4)]
     head, line = table(results).split("\n")
-    assert head.split() == ["mixers,", "share,", "N", "seeds", "1x", "2x"]
+    assert head.split() == ["mixers,", "N/T,", "N", "seeds", "1x", "2x"]
     assert line.split("3", 1)[1].split() == "0.500 (0.250) 2 KB 0.800 (0.400) 2 KB".split()
     assert len(head) == len(line)
     alone = table([result(0, 0.5, 1.0)]).split("\n")[1]
@@ -263,7 +263,7 @@ def test_an_ablation_is_one_command(
     assert cli.main([*words, "--vary", f"{vary}={','.join(values)}"]) == 0
     out = capsys.readouterr().out.splitlines()
     for value in values:
-        (line,) = [x for x in out if f"{vary}={value} 0.25 scaled" in x and "step" not in x]
+        (line,) = [x for x in out if f"{vary}={value} N/T=0.25 scaled" in x and "step" not in x]
         assert line.split("scaled")[1].split()[0] == "2"  # seeds
     found = json.loads((tmp_path / f"basic-{vary}.json").read_bytes())["results"]
     assert [r["cell"]["settings"][-1] for r in found] == [f"{vary}={v}" for v in values * 2]

@@ -294,7 +294,7 @@ def lines_of(results: Sequence[dict[str, Any]]) -> Lines:
             if kind in result["lengths"][0]:
                 n = {"scaled": "scaled", "fixed": "as trained"}[kind]
                 words = [cell["mixers"], *cell["settings"]]
-                words += [f"{cell['share']:g}", n] if "ovq" in cell["mixers"] else []
+                words += [f"N/T={cell['share']:g}", n] if "ovq" in cell["mixers"] else []
                 groups.setdefault((" ".join(words), kind), []).append(result)
     return groups
 
@@ -305,10 +305,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     times = [row["times"] for row in results[0]["lengths"]]
     several = len({result["cell"]["seed"] for result in results}) > 1
     width = 24 if several else 16
-    lines = [f"{'mixers, share, N':>40}  seeds" + "".join(f"{f'{n}x':>{width}}" for n in times)]
-    for (label, kind), own in lines_of(results).items():
+    groups, what = lines_of(results), "mixers, N/T, N"
+    wide = max(map(len, [what, *(label for label, _ in groups)]))
+    lines = [f"{what:>{wide}}  seeds" + "".join(f"{f'{n}x':>{width}}" for n in times)]
+    for (label, kind), own in groups.items():
         begun = all(result["reached"] == result["cell"]["size"] for result in own)
-        line = f"{label:>40}  {f'{len(own)}' if begun else f'{len(own)}!':>5}"
+        line = f"{label:>{wide}}  {f'{len(own)}' if begun else f'{len(own)}!':>5}"
         for i in range(len(times)):
             rows = [result["lengths"][i][kind] for result in own]
             right = [row["accuracy"] for row in rows]
@@ -320,25 +322,35 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+KINDS = {"scaled": "N scaled with the context", "fixed": "N as trained"}
+"""Kinds of N, each with the title of its panel."""
+
+
 def plot(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draws accuracy against length, a line for each of the table, a point for each seed."""
-    figure, (axes,) = ablate.panels(1, (8.0, 4.5))
+    """Draws accuracy against length, a line for each of the table, a point for each seed; a panel
+    for each kind of N that there is."""
+    lines = lines_of(results)
+    kinds = [kind for kind in KINDS if any(kind == own for _, own in lines)]
+    figure, panels = ablate.panels(len(kinds), (4.0 + 4.0 * len(kinds), 4.0), same_scale=False)
     times = [row["times"] for row in results[0]["lengths"]]
-    colours: dict[str, Any] = {}  # one for both kinds of N
-    for (label, kind), own in lines_of(results).items():
+    drawn: dict[str, Any] = {}  # by label: one colour for both kinds of N
+    for (label, kind), own in lines.items():
+        axes = panels[kinds.index(kind)]
         each = [[row[kind]["accuracy"] for row in result["lengths"]] for result in own]
         means = [statistics.mean(column) for column in zip(*each, strict=True)]
         same = label.removesuffix(" scaled").removesuffix(" as trained")
-        style, point = ("-", "o") if kind == "scaled" else (":", "x")
-        (line,) = axes.plot(times, means, style, label=label, color=colours.get(same))
-        colours[same] = line.get_color()
+        colour = drawn[same].get_color() if same in drawn else None
+        (line,) = axes.plot(times, means, "-", color=colour)
+        drawn.setdefault(same, line)
         for one in each:
-            axes.plot(times, one, point, color=line.get_color(), markersize=4)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(times, [f"{n}x" for n in times])
-    axes.set_xlabel("length of the context, in that of the training (a point a seed)")
-    axes.set_ylabel("accuracy")
-    axes.legend(frameon=False, fontsize=8)
+            axes.plot(times, one, "o", color=line.get_color(), markersize=3)
+    for axes, kind in zip(panels, kinds, strict=True):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(times, [f"{n}x" for n in times])
+        axes.set_title(KINDS[kind], fontsize=10)
+    panels[0].set_ylabel("accuracy")
+    figure.supxlabel("length of the context, in that of the training (a point a seed)", fontsize=10)
+    figure.legend(drawn.values(), drawn, loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     ablate.save(figure, path)
 
