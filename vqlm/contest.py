@@ -70,9 +70,7 @@ def cells(patterns: Sequence[str], seeds: Sequence[int], base: presets.Preset) -
 
 def _pieces(split: Split, length: int, n_piece: int) -> Int[np.ndarray, "n length"]:
     if length < 1 or n_piece < 1:
-        raise ValueError(
-            f"contest: --length {length} --pieces {n_piece}; want at least one of both"
-        )
+        raise ValueError(f"contest: --length {length} --pieces {n_piece}; want both from 1 on")
     text = probe.pieces(split, length, n_piece)
     if text is None:
         longest = int(np.diff([*split.document_offsets, len(split.tokens)]).max())

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
 
 from vqlm.config import LMConfig
 from vqlm.dictionary import dictionary_size
+from vqlm.layers import projection_widths
 
 RECURRENT: dict[str, Callable[[LMConfig], tuple[int, int, int]]] = {
     "gated-deltanet": LMConfig.deltanet_shape,
@@ -42,14 +43,14 @@ def model_flops(config: LMConfig, seq_len: int) -> int:
     layers = sum(layer_flops(config, config.mixer_of(i), seq_len) for i in range(config.n_layer))
     if shifted := sum(map(config.shifts_keys, range(config.n_layer))):
         # The token before the call goes through their projection once more.
-        layers += shifted * 2 * config.d_model * _key_value_gate(config)
+        layers += shifted * 2 * config.d_model * sum(projection_widths(config))
     return layers + 2 * seq_len * config.d_model * config.vocab_size
 
 
 def layer_flops(config: LMConfig, mixer: str, seq_len: int) -> int:
     """Of one layer: projections, attention, and the SwiGLU if it has one."""
     heads, k, v = config.n_head, config.d_k, config.d_v
-    projected = heads * k + _key_value_gate(config) + heads * v
+    projected = heads * k + sum(projection_widths(config)) + heads * v
     if mixer in RECURRENT:
         projected = _recurrent_projections(config, mixer)
     total = 2 * seq_len * config.d_model * projected + attention_flops(config, mixer, seq_len)
@@ -58,12 +59,6 @@ def layer_flops(config: LMConfig, mixer: str, seq_len: int) -> int:
     if config.layer == "swiglu":
         total += 2 * seq_len * config.d_model * 3 * config.ff_width
     return total
-
-
-def _key_value_gate(config: LMConfig) -> int:
-    """Width of the projection that makes keys, values and the gate."""
-    gate = config.n_head * config.d_v if config.gated else 0
-    return config.kv_heads * (config.d_k + config.d_v) + gate
 
 
 def attention_flops(config: LMConfig, mixer: str, seq_len: int) -> int:

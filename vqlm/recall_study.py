@@ -284,17 +284,19 @@ def run_cell(cell: Cell, draw: recall.Draw, out: Path, report: Any = None) -> di
 Lines = dict[tuple[str, str], list[dict[str, Any]]]
 """Results of all seeds by a label and the kind of N, "scaled" or "fixed"."""
 
+KINDS = {"scaled": "N scaled with the context", "fixed": "N as trained"}
+"""Kinds of N, each with the title of its panel."""
+
 
 def lines_of(results: Sequence[dict[str, Any]]) -> Lines:
     """One line of the table and the plot for each mixer, share, settings and kind of N."""
     groups: Lines = {}
     for result in results:
         cell = result["cell"]
-        for kind in ("scaled", "fixed"):
+        words = [cell["mixers"], *cell["settings"]]
+        words += [f"N/T={cell['share']:g}"] if "ovq" in cell["mixers"] else []
+        for kind in KINDS:
             if kind in result["lengths"][0]:
-                n = {"scaled": "scaled", "fixed": "as trained"}[kind]
-                words = [cell["mixers"], *cell["settings"]]
-                words += [f"N/T={cell['share']:g}", n] if "ovq" in cell["mixers"] else []
                 groups.setdefault((" ".join(words), kind), []).append(result)
     return groups
 
@@ -306,11 +308,16 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     several = len({result["cell"]["seed"] for result in results}) > 1
     width = 24 if several else 16
     groups, what = lines_of(results), "mixers, N/T, N"
-    wide = max(map(len, [what, *(label for label, _ in groups)]))
+    said = {"scaled": " scaled", "fixed": " as trained"}
+    names = {
+        (label, kind): label + said[kind] if (label, "fixed") in groups else label
+        for label, kind in groups
+    }
+    wide = max(map(len, [what, *names.values()]))
     lines = [f"{what:>{wide}}  seeds" + "".join(f"{f'{n}x':>{width}}" for n in times)]
     for (label, kind), own in groups.items():
         begun = all(result["reached"] == result["cell"]["size"] for result in own)
-        line = f"{label:>{wide}}  {f'{len(own)}' if begun else f'{len(own)}!':>5}"
+        line = f"{names[label, kind]:>{wide}}  {f'{len(own)}' if begun else f'{len(own)}!':>5}"
         for i in range(len(times)):
             rows = [result["lengths"][i][kind] for result in own]
             right = [row["accuracy"] for row in rows]
@@ -320,10 +327,6 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     if any("!" in line for line in lines):
         lines.append("!: with some seeds nothing was learned of the small sizes to go on with")
     return "\n".join(lines)
-
-
-KINDS = {"scaled": "N scaled with the context", "fixed": "N as trained"}
-"""Kinds of N, each with the title of its panel."""
 
 
 def plot(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
@@ -338,10 +341,9 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         axes = panels[kinds.index(kind)]
         each = [[row[kind]["accuracy"] for row in result["lengths"]] for result in own]
         means = [statistics.mean(column) for column in zip(*each, strict=True)]
-        same = label.removesuffix(" scaled").removesuffix(" as trained")
-        colour = drawn[same].get_color() if same in drawn else None
+        colour = drawn[label].get_color() if label in drawn else None
         (line,) = axes.plot(times, means, "-", color=colour)
-        drawn.setdefault(same, line)
+        drawn.setdefault(label, line)
         for one in each:
             axes.plot(times, one, "o", color=line.get_color(), markersize=3)
     for axes, kind in zip(panels, kinds, strict=True):

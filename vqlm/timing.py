@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -189,16 +189,16 @@ class _Timed(NamedTuple):
         )  # fmt: skip
 
 
+T = TypeVar("T")
+
+
 def numbers(text: str) -> list[int]:
     """The type of an option such as ``--lengths 512,1024``.
 
     Raises:
         argparse.ArgumentTypeError: something that is no whole number.
     """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
+    return _parts(text, int)
 
 
 def fractions(text: str) -> list[float]:
@@ -207,8 +207,12 @@ def fractions(text: str) -> list[float]:
     Raises:
         argparse.ArgumentTypeError: something that is no number.
     """
+    return _parts(text, float)
+
+
+def _parts(text: str, kind: Callable[[str], T]) -> list[T]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
 
