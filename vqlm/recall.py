@@ -8,8 +8,9 @@
 
 A batch is a context and then questions.  The context is filled up at its front so that it ends at a
 multiple of ``ALIGN`` tokens: with chunks that divide it the open chunk of OVQ-attention is empty
-when questions begin, and can't answer for the dictionary.  Where an answer would tell of another
-("positional", "regression") filler stands in its place, so that none can be read among questions.
+when questions begin, and can't answer for the dictionary.  After a question comes filler in place
+of its answer: who saw the answers could tell others from them, if only by what is left (of four
+pairs asked for one after another, 52% are right so, and mixers were found to learn nothing else).
 
 Axes: B batch, T time, P pairs or other things to remember.
 """
@@ -104,7 +105,7 @@ def positional(n_pair: int, n_row: int, generator: torch.Generator) -> Examples:
     rank = (same.tril(-1)).sum(-1)
     question = torch.stack([_RANK0 + rank, key.gather(1, which)], -1)
     question = question.gather(1, asked[..., None].expand(-1, -1, 2))
-    return _join(body, question, value.gather(1, asked), 2 * asked + 1, shown=False)
+    return _join(body, question, value.gather(1, asked), 2 * asked + 1)
 
 
 def regression(n_triple: int, n_row: int, generator: torch.Generator) -> Examples:
@@ -139,7 +140,7 @@ def regression(n_triple: int, n_row: int, generator: torch.Generator) -> Example
     other = (which[:, None] == of[..., None]) & (x[:, None] != x.gather(1, nearest)[..., None])
     told = other.any(-1) & ~come.all(-1)
     question = torch.stack([name.gather(1, of), _X0 + new], -1)
-    return _join(body, question, _Y0 + answer, 3 * _last(other) + 2, shown=False, counted=told)
+    return _join(body, question, _Y0 + answer, 3 * _last(other) + 2, told)
 
 
 def _last(true: Bool[Tensor, "B P T"]) -> Int[Tensor, "B P"]:
@@ -239,15 +240,15 @@ def _join(
     question: Int[Tensor, "B P Q"],
     answer: Int[Tensor, "B P"],
     source: Int[Tensor, "B P"],
-    *,
-    shown: bool = True,
     counted: Bool[Tensor, "B P"] | None = None,
 ) -> Examples:
-    """Filler, ``body``, and questions each followed by its answer, or if not ``shown`` by filler.
-    ``source``: the answer's place in ``body``; ``counted``: which are, None: all."""
+    """Filler, ``body``, and questions each followed by filler.
+
+    ``source``: the answer's place in ``body``; ``counted``: which are, None: all.
+    """
     front = -body.shape[1] % ALIGN
     filler = body.new_full((len(body), front), FILLER)
-    after = answer if shown else torch.full_like(answer, FILLER)
+    after = torch.full_like(answer, FILLER)
     asked = torch.cat([question, after[..., None]], -1).flatten(1)
     n_context = front + body.shape[1]
     tokens = torch.cat([filler, body, asked], 1)
