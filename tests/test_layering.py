@@ -41,6 +41,7 @@ ROWS = [
     {"bench"},
     {"demo", "throughput", "harness", "patch_study"},
     {"ablate"},
+    {"recall_table"},
     {"contest", "recall_study"},
     {"commands_hf"},
     {"commands"},

@@ -8,7 +8,8 @@ double whenever accuracy passes ``PASSED``, or after a share ``PATIENCE`` of the
 mixer has no room for it will never pass; then it is asked at 1, 2, 4 ... times its size.  How long
 the first size takes depends on the seed and on whether a mixer has a softmax, and says nothing of
 what it can remember, so its steps are counted apart, and there may be ``PATIENT`` times as many.
-Its result is a file, and a cell that has one is not trained again.  All cells have as many
+Its result is a file, and a cell that has one is not trained again; cells of one task, size, number
+of steps and setting stand in one table, whichever commands trained them.  All have as many
 parameters as one with full attention, as near as the width of the SwiGLU comes to that.  The share
 is that of dictionary entries in the tokens of a context.  Accuracy is given with N scaled with the
 context, and with N as trained; bytes of state, of one row after its context, stand beside it.
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqlm import ablate, recall, throughput, timing
+from vqlm import ablate, recall, recall_table, throughput, timing
 from vqlm.config import LMConfig, override, setting_pairs
 from vqlm.loss import IGNORED
 from vqlm.model import LM
@@ -281,80 +281,28 @@ def run_cell(cell: Cell, draw: recall.Draw, out: Path, report: Any = None) -> di
     return result
 
 
-Lines = dict[tuple[str, str], list[dict[str, Any]]]
-"""Results of all seeds by a label and the kind of N, "scaled" or "fixed"."""
-
-KINDS = {"scaled": "N scaled with the context", "fixed": "N as trained"}
-"""Kinds of N, each with the title of its panel."""
-
-
-def lines_of(results: Sequence[dict[str, Any]]) -> Lines:
-    """One line of the table and the plot for each mixer, share, settings and kind of N."""
-    groups: Lines = {}
-    for result in results:
-        cell = result["cell"]
-        words = [cell["mixers"], *cell["settings"]]
-        words += [f"N/T={cell['share']:g}"] if "ovq" in cell["mixers"] else []
-        for kind in KINDS:
-            if kind in result["lengths"][0]:
-                groups.setdefault((" ".join(words), kind), []).append(result)
-    return groups
+def gathered(out: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Results of all cells in ``out`` that differ from one of ``cells`` in mixers, share and seed
+    alone, those of ``cells`` first, by whichever commands they were made."""
+    settings = {_alike(out / cell.name, dataclasses.asdict(cell)): cell.settings for cell in cells}
+    others = {path.parent.name for path in out.glob("*/result.json")} - {c.name for c in cells}
+    found = []
+    for name in [*dict.fromkeys(cell.name for cell in cells), *sorted(others)]:
+        result = json.loads((out / name / "result.json").read_bytes())
+        if (out / name / "cell.json").is_file():
+            like = _alike(out / name, result["cell"])
+            if like in settings:
+                result["cell"]["settings"] = list(settings[like])
+                found.append(result)
+    return found
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Accuracy by length, the mean of the seeds and (with several) the least of theirs in brackets,
-    and bytes of state, a line for each of ``lines_of``."""
-    times = [row["times"] for row in results[0]["lengths"]]
-    several = len({result["cell"]["seed"] for result in results}) > 1
-    width = 24 if several else 16
-    groups, what = lines_of(results), "mixers, N/T, N"
-    said = {"scaled": " scaled", "fixed": " as trained"}
-    names = {
-        (label, kind): label + said[kind] if (label, "fixed") in groups else label
-        for label, kind in groups
-    }
-    wide = max(map(len, [what, *names.values()]))
-    lines = [f"{what:>{wide}}  seeds" + "".join(f"{f'{n}x':>{width}}" for n in times)]
-    for (label, kind), own in groups.items():
-        begun = all(result["reached"] == result["cell"]["size"] for result in own)
-        line = f"{names[label, kind]:>{wide}}  {f'{len(own)}' if begun else f'{len(own)}!':>5}"
-        for i in range(len(times)):
-            rows = [result["lengths"][i][kind] for result in own]
-            right = [row["accuracy"] for row in rows]
-            least = f" ({min(right):.3f})" if several else ""
-            line += f"{statistics.mean(right):7.3f}{least} {rows[0]['state_bytes'] / 1024:5.0f} KB"
-        lines.append(line)
-    if any("!" in line for line in lines):
-        lines.append("!: with some seeds nothing was learned of the small sizes to go on with")
-    return "\n".join(lines)
-
-
-def plot(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draws accuracy against length, a line for each of the table, a point for each seed; a panel
-    for each kind of N that there is."""
-    lines = lines_of(results)
-    kinds = [kind for kind in KINDS if any(kind == own for _, own in lines)]
-    figure, panels = ablate.panels(len(kinds), (4.0 + 4.0 * len(kinds), 4.0), same_scale=False)
-    times = [row["times"] for row in results[0]["lengths"]]
-    drawn: dict[str, Any] = {}  # by label: one colour for both kinds of N
-    for (label, kind), own in lines.items():
-        axes = panels[kinds.index(kind)]
-        each = [[row[kind]["accuracy"] for row in result["lengths"]] for result in own]
-        means = [statistics.mean(column) for column in zip(*each, strict=True)]
-        colour = drawn[label].get_color() if label in drawn else None
-        (line,) = axes.plot(times, means, "-", color=colour)
-        drawn.setdefault(label, line)
-        for one in each:
-            axes.plot(times, one, "o", color=line.get_color(), markersize=3)
-    for axes, kind in zip(panels, kinds, strict=True):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(times, [f"{n}x" for n in times])
-        axes.set_title(KINDS[kind], fontsize=10)
-    panels[0].set_ylabel("accuracy")
-    figure.supxlabel("length of the context, in that of the training (a point a seed)", fontsize=10)
-    figure.legend(drawn.values(), drawn, loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    ablate.save(figure, path)
+def _alike(folder: Path, cell: dict[str, Any]) -> str:
+    """All that cells must have in common to stand in one table."""
+    made = json.loads((folder / "cell.json").read_bytes())
+    for own in ("mixers", "d_ff", "n_entry"):
+        del made["model"][own]
+    return json.dumps([cell[key] for key in ("task", "size", "steps")] + [made])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -393,7 +341,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains what is not trained yet, prints the table, returns all results.
+    """Trains what is not trained yet, and reports all results, see ``gathered``: a table, a picture
+    and a JSON file; returns what is in that.
 
     Raises:
         ValueError: settings that are unknown or can't be, a context for which there are not keys or
@@ -413,14 +362,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     n_context = draw(args.size, 1, torch.Generator()).n_context
     for cell in cells:
         ablate.claim(args.out / cell.name, cell.made_with(n_context))
-    results = []
     for cell in cells:
-        results.append(run_cell(cell, draw, args.out, lambda text: print(text, flush=True)))
-    print(table(results))
+        run_cell(cell, draw, args.out, lambda text: print(text, flush=True))
+    results = gathered(args.out, cells)
+    print(recall_table.table(results))
     study = "-".join([args.task, *([name] if args.vary else [])])
     found = {"task": args.task, "out": str(args.out), "results": results}
     throughput.write_json(args.out / f"{study}.json", found)
-    plot(results, f"{args.task}: accuracy by length of the context", args.out / f"{study}.png")
+    title = f"{args.task}: accuracy by length of the context"
+    recall_table.plot(results, title, args.out / f"{study}.png")
     return found
 
 
