@@ -210,8 +210,11 @@ def test_cells_of_other_commands_stand_in_the_table_if_they_are_alike(
     varied = ask("basic", "--mixers", "ovq", "--vary", "growth=eager,linear")
     assert varied["ovq"] == ["growth=eager 0.25 0", "growth=linear 0.25 0", "growth=linear 0.5 1"]
     assert varied["window"] == ["growth=linear 1 0"]
+    assert list(ask("basic", "--mixers", "mamba2")) == ["mamba2", "ovq", "softmax", "window"]
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "result.json").write_text("{}")
     monkeypatch.setattr(recall_study, "COMMITMENT", 0.5)
-    assert ask("basic", "--mixers", "mamba2") == {"mamba2": ["1 0"]}
+    assert ask("basic", "--mixers", "vq") == {"vq": ["1 0"]}
 
 
 def test_a_mistaken_ablation_trains_nothing(tmp_path: Path) -> None:
