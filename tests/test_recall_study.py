@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import text
 
-from vqlm import cli, recall, recall_study
+from vqlm import cli, recall, recall_study, recall_table
 from vqlm.model import LM, LMOutput, Objective, Scored
 from vqlm.recall import TASKS, Examples
 from vqlm.recall_study import Cell, run_cell
@@ -61,6 +61,27 @@ def test_the_table_has_the_mean_of_the_seeds_and_the_least() -> None:
     assert alone.split()[1:] == "1 0.500 2 KB 1.000 2 KB".split()
     _, line, note = table([result(0, 0.5), result(1, 0.1, reached=2)]).split("\n")
     assert line.split()[:2] == ["window", "2!"] and note.startswith("!: with some seeds nothing")
+
+
+def test_what_has_no_dictionary_is_drawn_beside_both_kinds_of_n(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def result(mixers: str, *kinds: str) -> dict[str, Any]:
+        rows = [{"times": n, **{k: {"accuracy": 1 / n} for k in kinds}} for n in (1, 2)]
+        cell = dataclasses.asdict(Cell("basic", mixers, 4, 0.25, 0, 3))
+        return {"cell": cell, "lengths": rows, "reached": 4}
+
+    figures: list[Any] = []
+    monkeypatch.setattr(recall_table.ablate, "save", lambda figure, path: figures.append(figure))
+    ovq, vq = result("ovq", "scaled", "fixed"), result("vq", "scaled")
+    for results in ([ovq, vq, result("window", "scaled")], [vq]):
+        recall_table.plot(results, "title", Path("no file"))
+    both, alone = (
+        [[x.get_color() for x in a.lines if x.get_linestyle() == "-"] for a in f.axes]
+        for f in figures
+    )
+    assert len(both) == 2 and both[0] == both[1] and len(set(both[0])) == 3
+    assert len(alone) == 1 and len(alone[0]) == 1
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -59,21 +59,23 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def plot(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Draws accuracy against length, a line for each of the table, a point for each seed; a panel
-    for each kind of N that there is."""
+    for each kind of N that there is, and what has no N in all of them."""
     lines = lines_of(results)
     kinds = [kind for kind in KINDS if any(kind == own for _, own in lines)]
     figure, panels = ablate.panels(len(kinds), (4.0 + 4.0 * len(kinds), 4.0), same_scale=False)
     times = [row["times"] for row in results[0]["lengths"]]
-    drawn: dict[str, Any] = {}  # by label: one colour for both kinds of N
-    for (label, kind), own in lines.items():
-        axes = panels[kinds.index(kind)]
-        each = [[row[kind]["accuracy"] for row in result["lengths"]] for result in own]
+    drawn: dict[str, Any] = {}  # by label: one colour in all panels
+    for (label, own_kind), own in lines.items():
+        each = [[row[own_kind]["accuracy"] for row in result["lengths"]] for result in own]
         means = [statistics.mean(column) for column in zip(*each, strict=True)]
-        colour = drawn[label].get_color() if label in drawn else None
-        (line,) = axes.plot(times, means, "-", color=colour)
-        drawn.setdefault(label, line)
-        for one in each:
-            axes.plot(times, one, "o", color=line.get_color(), markersize=3)
+        for axes, kind in zip(panels, kinds, strict=True):
+            if kind != own_kind and (label, "fixed") in lines:
+                continue
+            colour = drawn[label].get_color() if label in drawn else None
+            (line,) = axes.plot(times, means, "-", color=colour)
+            drawn.setdefault(label, line)
+            for one in each:
+                axes.plot(times, one, "o", color=line.get_color(), markersize=3)
     for axes, kind in zip(panels, kinds, strict=True):
         axes.set_xscale("log", base=2)
         axes.set_xticks(times, [f"{n}x" for n in times])
