@@ -232,8 +232,11 @@ def test_cells_of_other_commands_stand_in_the_table_if_they_are_alike(
     assert varied["ovq"] == ["growth=eager 0.25 0", "growth=linear 0.25 0", "growth=linear 0.5 1"]
     assert varied["window"] == ["growth=linear 1 0"]
     assert list(ask("basic", "--mixers", "mamba2")) == ["mamba2", "ovq", "softmax", "window"]
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "result.json").write_text("{}")
+    for name, made in (("run", None), ("contest", {"model": {}, "train": {}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text("{}")
+        if made is not None:
+            (tmp_path / name / "cell.json").write_text(json.dumps(made))
     monkeypatch.setattr(recall_study, "COMMITMENT", 0.5)
     assert ask("basic", "--mixers", "vq") == {"vq": ["1 0"]}
 

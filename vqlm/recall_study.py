@@ -289,7 +289,7 @@ def gathered(out: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     found = []
     for name in [*dict.fromkeys(cell.name for cell in cells), *sorted(others)]:
         result = json.loads((out / name / "result.json").read_bytes())
-        if (out / name / "cell.json").is_file():
+        if "cell" in result and (out / name / "cell.json").is_file():
             like = _alike(out / name, result["cell"])
             if like in settings:
                 result["cell"]["settings"] = list(settings[like])
@@ -301,7 +301,7 @@ def _alike(folder: Path, cell: dict[str, Any]) -> str:
     """All that cells must have in common to stand in one table."""
     made = json.loads((folder / "cell.json").read_bytes())
     for own in ("mixers", "d_ff", "n_entry"):
-        del made["model"][own]
+        made["model"].pop(own, None)
     return json.dumps([cell[key] for key in ("task", "size", "steps")] + [made])
 
 
