@@ -151,6 +151,15 @@ def claim(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
         raise ValueError(f"{folder} has other settings: {'; '.join(differ)}; use another --out")
 
 
+def noted(folder: Path, without: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What ``claim`` noted in a cell's folder, but for the fields named ``without``."""
+    parts: dict[str, dict[str, Any]] = json.loads((folder / "cell.json").read_bytes())
+    return {
+        part: {name: x for name, x in fields.items() if name not in without}
+        for part, fields in parts.items()
+    }
+
+
 def summarise(results: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
     """One row for each value, in the order asked for: means over the seeds that are finished.
 

@@ -127,9 +127,10 @@ def run_cell(
 
 def gathered(out: Path, like: Cell) -> list[dict[str, Any]]:
     """Results of all cells in ``out`` that differ from ``like`` in mixers, width and seed alone."""
-    wanted, found = _setting(out / like.name), []
+    own = ("mixers", "d_ff", "seed")
+    wanted, found = ablate.noted(out / like.name, own), []
     for path in sorted(out.glob("*/result.json")):
-        if (path.parent / "cell.json").is_file() and _setting(path.parent) == wanted:
+        if (path.parent / "cell.json").is_file() and ablate.noted(path.parent, own) == wanted:
             found.append(json.loads(path.read_bytes()))
         else:
             print(f"{path.parent.name} has other settings, and is left out", file=sys.stderr)
@@ -139,14 +140,6 @@ def gathered(out: Path, like: Cell) -> list[dict[str, Any]]:
         return PATTERNS.index(result["mixers"]) if known else len(PATTERNS), result["seed"]
 
     return sorted(found, key=place)
-
-
-def _setting(folder: Path) -> dict[str, Any]:
-    cell: dict[str, Any] = json.loads((folder / "cell.json").read_bytes())
-    return {
-        part: {name: x for name, x in fields.items() if name not in ("mixers", "d_ff", "seed")}
-        for part, fields in cell.items()
-    }
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

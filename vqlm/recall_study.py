@@ -299,9 +299,7 @@ def gathered(out: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def _alike(folder: Path, cell: dict[str, Any]) -> str:
     """All that cells must have in common to stand in one table."""
-    made = json.loads((folder / "cell.json").read_bytes())
-    for own in ("mixers", "d_ff", "n_entry"):
-        made["model"].pop(own, None)
+    made = ablate.noted(folder, ("mixers", "d_ff", "n_entry"))
     return json.dumps([cell[key] for key in ("task", "size", "steps")] + [made])
 
 
