@@ -80,7 +80,7 @@ def test_what_has_no_dictionary_is_drawn_beside_both_kinds_of_n(
         [[x.get_color() for x in a.lines if x.get_linestyle() == "-"] for a in f.axes]
         for f in figures
     )
-    assert len(both) == 2 and both[0] == both[1] and len(set(both[0])) == 3
+    assert len(both) == 2 and both[0] == both[1] and len(both[0]) == len(set(both[0])) == 3
     assert len(alone) == 1 and len(alone[0]) == 1
 
 
