@@ -12,7 +12,7 @@ import torch
 from tiny import MODEL, assert_same, corpus, trainer
 from torch import Tensor
 
-from vqlm import checkpoint
+from vqlm import checkpoint, durable
 from vqlm.checkpoint import (
     complete_checkpoints,
     load_model,
@@ -114,8 +114,8 @@ def test_a_checkpoint_is_synced_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    rename, fsync = Path.rename, checkpoint.os.fsync
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (order.append("sync"), fsync(fd))[1])
+    rename, fsync = Path.rename, durable.os.fsync
+    monkeypatch.setattr(durable.os, "fsync", lambda fd: (order.append("sync"), fsync(fd))[1])
     monkeypatch.setattr(
         Path, "rename", lambda self, to: (order.append("rename"), rename(self, to))[1]
     )
@@ -265,7 +265,7 @@ def test_the_best_model_survives_a_stop_between_two_renames(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(durable, "write", full)
     with pytest.raises(OSError, match="cannot save"):
         checkpoint.save_best(tmp_path, lm(2), dict(INFO), checkpoint.Medium())
     assert_same(dict(load_model(tmp_path / "best").state_dict()), dict(first.state_dict()))

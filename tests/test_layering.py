@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "vqlm"
 # From the bottom up: a module imports ours from lower rows only. `__init__` is the public face
 # of what lies below it, so training is not part of what `import vqlm` loads.
 ROWS = [
-    {"kept", "untrusted", "fused"},
+    {"kept", "untrusted", "fused", "durable"},
     {"reference", "config", "codebook", "vocabulary", "compressors", "sampling"},
     {"sequence_parallel"},
     {"segments"},

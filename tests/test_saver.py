@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import ALL_OF_IT, DROPOUT, after_step, assert_same, fit, trainer
 
-from vqlm import checkpoint, saver
+from vqlm import checkpoint, durable, saver
 from vqlm.data import Corpus
 from vqlm.saver import Saver
 
@@ -93,7 +93,7 @@ def test_a_save_in_the_background_holds_what_was_when_it_began(
 def test_a_background_save_that_fails_is_told_of(
     data: Corpus, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write, failures = checkpoint._write, {"step-00000002"}
+    write, failures = durable.write, {"step-00000002"}
 
     def full(path: Path, content: bytes) -> None:
         name = path.parent.name.removeprefix(".").removesuffix(".partial")
@@ -102,7 +102,7 @@ def test_a_background_save_that_fails_is_told_of(
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(durable, "write", full)
     trainer(data, run, steps=6, save_every=2, background_saves=True).fit()
     warnings = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning")]
     assert len(warnings) == 1 and "step-00000002 (No space left on device)" in warnings[0]
@@ -115,7 +115,7 @@ def test_a_last_background_save_that_fails_is_made_up_for(
 ) -> None:
     """Stopped right after the save of that step was begun: it is known to have failed at the end,
     and done again."""
-    write, failures = checkpoint._write, {"step-00000004"}
+    write, failures = durable.write, {"step-00000004"}
 
     def full(path: Path, content: bytes) -> None:
         if path.name == "trainer.json" and path.parent.name[1:-8] in failures:
@@ -123,7 +123,7 @@ def test_a_last_background_save_that_fails_is_made_up_for(
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(durable, "write", full)
     fit(trainer(data, run, save_every=2, background_saves=True), stop_after=4)
     warnings = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning")]
     assert len(warnings) == 1 and "step-00000004 (No space left on device)" in warnings[0]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from tiny import ALL_OF_IT, DROPOUT, after_step, assert_same, corpus, everything, fit, trainer
 
-from vqlm import checkpoint, cli, guard, runlog, sealed
+from vqlm import checkpoint, cli, durable, guard, runlog, sealed
 from vqlm.checkpoint import complete_checkpoints, load_model, newest_checkpoint
 from vqlm.data import Corpus
 from vqlm.evaluate import Evaluation
@@ -103,14 +103,14 @@ def test_a_best_model_that_could_not_be_saved_is_not_the_one_to_beat(
     training = trainer(data, run, eval_every=2, log_every=99)
     looks = iter([3.0, 1.0, 2.0])
     training.validate = lambda: Evaluation(next(looks), 1, 1, ())  # type: ignore[method-assign]
-    write = checkpoint._write
+    write = durable.write
 
     def full(path: Path, content: bytes) -> None:
         if path.parent.name == ".best.partial" and training.progress.step == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(durable, "write", full)
     kept: list[float | None] = []
     after_step(training, 5, lambda: kept.append(training.progress.best_nats))
     training.fit()
@@ -152,7 +152,7 @@ def test_divergence_ends_the_command_with_its_own_code(
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Path], bool]) -> list[Path]:
     """From now on, writing the files that ``fails`` picks leaves half of them and an error."""
-    write = checkpoint._write
+    write = durable.write
     hit: list[Path] = []
 
     def half(path: Path, content: bytes) -> None:
@@ -162,7 +162,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Path], bool]) ->
         path.write_bytes(content[: len(content) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(checkpoint, "_write", half)
+    monkeypatch.setattr(durable, "write", half)
     return hit
 
 

@@ -16,16 +16,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqlm import sealed
+from vqlm import durable, sealed
 from vqlm.config import LMConfig, from_dict
 from vqlm.data import Corpus
 from vqlm.model import LM
@@ -107,7 +106,7 @@ def save_medium(medium: Medium, folder: Path) -> None:
         "picture_shape": medium.picture_shape,
         "vocabulary": medium.vocabulary.kind,
     }
-    _write(folder / "data.json", json.dumps(facts, indent=2).encode() + b"\n")
+    durable.write(folder / "data.json", json.dumps(facts, indent=2).encode() + b"\n")
     medium.vocabulary.save(folder)
 
 
@@ -117,8 +116,8 @@ def save_model(model: LM | Weights, folder: Path, medium: Medium | None = None) 
     if medium is not None:
         save_medium(medium, folder)
     fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(model.config)}
-    _write(folder / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
-    _write(folder / "model.safetensors", sealed.pack(_on_cpu(model.state_dict())))
+    durable.write(folder / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
+    durable.write(folder / "model.safetensors", sealed.pack(_on_cpu(model.state_dict())))
 
 
 def load_model(path: str | Path) -> LM:
@@ -129,23 +128,33 @@ def load_model(path: str | Path) -> LM:
         ValueError: files that are damaged or belong to another kind or shape of model, weights
             that are a pickle, a link that leads out of the folder.
     """
-    folder = Path(path)
+    config, weights = fitting_files(Path(path))
+    model = LM(config)
+    load_weights(model, weights)
+    return model.eval()
+
+
+def fitting_files(folder: Path) -> tuple[LMConfig, Path]:
+    """The config of the model in ``folder``, and where its weights are, as ``load_weights`` has it.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_model``.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give a run folder (vqlm train --out)")
-    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
-    shards = folder / SHARD_INDEX
+    config_path, weights = folder / "config.json", folder / "model.safetensors"
     require_no_pickle_instead(folder)
-    for file in (config_path, shards if shards.is_file() else weights_path):
+    if (folder / SHARD_INDEX).is_file():
+        weights = folder / SHARD_INDEX
+    for file in (config_path, weights):
         if not file.is_file():
             raise FileNotFoundError(
                 f"{folder} has no {file.name}: not a run folder, or its training stopped before "
                 "the first checkpoint"
             )
-    config, weights = read_config(config_path), shards if shards.is_file() else weights_path
+    config = read_config(config_path)
     require_fits(config, weights)
-    model = LM(config)
-    load_weights(model, weights)
-    return model.eval()
+    return config, weights
 
 
 def read_config(path: Path) -> LMConfig:
@@ -242,34 +251,11 @@ def save_best(run: Path, model: LM | Weights, info: dict[str, Any], medium: Medi
     """
     final = run / "best"
     try:
-        with _replacing(final) as partial:
+        with durable.replacing(final) as partial:
             save_model(model, partial, medium)
-            _write(partial / "trainer.json", json.dumps(info, indent=2).encode())
+            durable.write(partial / "trainer.json", json.dumps(info, indent=2).encode())
     except OSError as error:
         raise OSError(error.errno, f"cannot save {final} ({error.strerror})") from error
-
-
-@contextlib.contextmanager
-def _replacing(final: Path) -> Iterator[Path]:
-    """A new folder to write into; it becomes ``final`` if all goes well, and is gone otherwise."""
-    partial = final.with_name(f".{final.name}.partial")
-    replaced = final.with_name(f".{final.name}.replaced")
-    if replaced.exists() and not final.exists():  # stopped between the two renames below
-        replaced.rename(final)
-    for left_over in (partial, replaced):
-        shutil.rmtree(left_over, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        _sync_folder(partial)
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        _sync_folder(final.parent)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def save_checkpoint(
@@ -291,12 +277,14 @@ def save_checkpoint(
     for left_over in run.glob("checkpoints/.step-*.partial"):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
-        with _replacing(final) as partial:
+        with durable.replacing(final) as partial:
             save_model(model, partial, medium)
-            _write(partial / "trainer.json", json.dumps({"step": step, **info}, indent=2).encode())
+            durable.write(
+                partial / "trainer.json", json.dumps({"step": step, **info}, indent=2).encode()
+            )
             digests = {x.name: sealed.digest_of_file(x) for x in sorted(partial.iterdir())}
-            facts = {"files": json.dumps(digests)}
-            _write(partial / "trainer.safetensors", sealed.pack(_on_cpu(tensors), facts))
+            seal = {"files": json.dumps(digests)}
+            durable.write(partial / "trainer.safetensors", sealed.pack(_on_cpu(tensors), seal))
         _publish(final, run)
     except OSError as error:
         newest = newest_checkpoint(run)
@@ -361,9 +349,16 @@ def load_newest_valid(
 
 
 def set_aside_after(checkpoint: Path) -> None:
-    """Renames what claims to be newer than ``checkpoint``, so that it is newest again."""
+    """Renames what is damaged and newer than ``checkpoint``, so that it is newest again.
+
+    Another training may have written something newer in the meantime; that stays.
+    """
     for newer in complete_checkpoints(checkpoint.parents[1]):
-        if newer.name > checkpoint.name:
+        if newer.name <= checkpoint.name:
+            continue
+        try:
+            load_trainer(newer)
+        except ValueError:
             aside = newer.with_name(f"damaged-{newer.name}")
             shutil.rmtree(aside, ignore_errors=True)
             newer.rename(aside)
@@ -405,31 +400,9 @@ def load_facts(folder: Path) -> dict[str, Any]:
 def _publish(checkpoint: Path, run: Path) -> None:
     """Makes the run folder's own files those of ``checkpoint``, each in one step."""
     for name in MODEL_FILES:
-        if not (checkpoint / name).exists():
-            continue
-        partial = run / f".{name}.partial"
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(checkpoint / name, partial)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(checkpoint / name, partial)
-        os.replace(partial, run / name)
+        if (checkpoint / name).exists():
+            durable.publish(checkpoint / name, run / name)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
 
 from vqlm import presets
-from vqlm.checkpoint import load_model
+from vqlm.checkpoint import MODEL_FILES, load_facts, load_model, newest_checkpoint
 from vqlm.compressors import gzip_bits_per_byte, order_n_bits_per_byte, xz_bits_per_byte
+from vqlm.config import TrainConfig
 from vqlm.data import load_corpus
 from vqlm.evaluate import evaluate
-from vqlm.guard import LOCK
+from vqlm.guard import LOCK, alone_in
 from vqlm.prepared import refuse_occupied
 from vqlm.sample import stream_text
 from vqlm.train import Trainer
 
 PROMPT = b"def "
-RUN_MARKS = ("config.json", "metrics.jsonl", LOCK)
-"""Files of a run folder: one that has any of them may be removed for the next demo."""
+LOGS = frozenset(["events", "heartbeat.json", "metrics.jsonl", LOCK])
+"""What is in a run folder before its first checkpoint."""
+RUN_FILES = LOGS | {*MODEL_FILES, "best", "checkpoints", "report"}
+"""What vqlm itself puts into a run folder."""
 
 
 def run(out: Path) -> dict[str, float]:
     """Trains the ``demo`` preset from nothing, prints the closing table; returns its figures.
 
     Raises:
-        ValueError: ``out``, which is made anew, holds something that is no run.
+        ValueError: ``out``, which is made anew, holds something that is no demo's.
     """
-    if not any((out / name).exists() for name in RUN_MARKS):
-        refuse_occupied(out)
     model_config, train_config = presets.demo()
+    require_of_demo(out, train_config)
     corpus = load_corpus(None)
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():
+        with alone_in(out):
+            shutil.rmtree(out)
     print(f"Text: {corpus.name}, {corpus.train.n_bytes:,} bytes to learn from.")
     trainer = Trainer(model_config, train_config, corpus, None, out)
     n_parameter = sum(p.numel() for p in trainer.bare_model.parameters())
@@ -65,3 +71,20 @@ def run(out: Path) -> dict[str, float]:
         f"Run folder: {out}   (try: vqlm sample {out} --prompt 'import ')"
     )
     return {**figures, "minutes": progress.seconds / 60, "tokens": progress.tokens}
+
+
+def require_of_demo(out: Path, config: TrainConfig) -> None:
+    """Nothing, if ``out`` can be removed: it is not there, empty, or as a demo has left it.
+
+    Raises:
+        ValueError: it holds anything else, such as a run with other settings than ``config``.
+    """
+    newest = newest_checkpoint(out)
+    known = LOGS if newest is None else RUN_FILES
+    if out.is_dir() and any(path.name not in known for path in out.iterdir()):
+        refuse_occupied(out)
+    trained = json.dumps(dataclasses.asdict(config))
+    if newest is not None and load_facts(newest)["train"] != json.loads(trained):
+        raise ValueError(f"{out} holds a run that is no demo's; choose another --out, or remove it")
+    if not out.is_dir():
+        refuse_occupied(out)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqlm.checkpoint import load_facts
 from vqlm.config import MOST, LMConfig, TrainConfig, from_dict
 from vqlm.data import Corpus
 from vqlm.model import LMState
@@ -67,8 +68,8 @@ def damaged(folder: Path, error: Exception) -> ValueError:
     )
 
 
-def read_progress(info: dict[str, Any]) -> Progress:
-    """Where a training was, as ``info`` says.
+def read_progress(info: dict[str, Any], best: Path) -> Progress:
+    """Where a training was, as ``info`` says; the model in ``best`` may be of a later look.
 
     Raises:
         KeyError, ValueError: damaged ``info``.
@@ -77,7 +78,15 @@ def read_progress(info: dict[str, Any]) -> Progress:
     numbers = [x for x in dataclasses.astuple(progress) if x is not None]
     if not all(0 <= x < 2**63 for x in numbers):
         raise ValueError(f"{progress} is not possible")
-    return progress
+    return dataclasses.replace(progress, best_nats=_best_nats(best))
+
+
+def _best_nats(best: Path) -> float | None:
+    """Those of the model in ``best``; None if there is none that can be read."""
+    try:
+        return float(load_facts(best)["progress"]["best_nats"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -282,7 +282,7 @@ class Trainer:
         require_same_data(folder, info, self.config, self.corpus)
         self.processes.load_weights(self.bare_model, folder / "model.safetensors")
         try:
-            self.progress = read_progress(info)
+            self.progress = read_progress(info, self.out / "best")
             if self.progress.step > 0:
                 optimizer = self.optimizer.optimizer
                 load_optimizer(optimizer, self.processes.cut_moments(tensors, optimizer))

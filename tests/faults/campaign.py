@@ -34,7 +34,7 @@ import torch
 import torch.utils.tensorboard  # so that no fork has to import it
 from same_files import compare, compare_logs, files_of, newest_of, without_best
 
-from vqlm import checkpoint, cli, train, watch
+from vqlm import checkpoint, cli, durable, train, watch
 
 STEPS, SAVE_EVERY = 24, 3
 SETTINGS = (
@@ -135,7 +135,7 @@ def killed_while_saving(dice: random.Random) -> Hook:
     def hook() -> None:
         for name in ("fsync", "rename", "replace", "link", "unlink", "rmdir", "mkdir"):
             setattr(os, name, doomed(getattr(os, name)))
-        write = checkpoint._write
+        write = durable.write
 
         def half(path: Path, content: bytes) -> None:
             if count():
@@ -143,7 +143,7 @@ def killed_while_saving(dice: random.Random) -> Hook:
                 os.kill(os.getpid(), signal.SIGKILL)
             write(path, content)
 
-        checkpoint._write = half
+        durable.write = half
 
     return hook
 
@@ -163,7 +163,7 @@ def full_disk(dice: random.Random) -> Hook:
     begin, length = dice.randrange(30), dice.randrange(1, 30)
 
     def hook() -> None:
-        write, calls = checkpoint._write, [0]
+        write, calls = durable.write, [0]
 
         def maybe(path: Path, content: bytes) -> None:
             calls[0] += 1
@@ -172,7 +172,7 @@ def full_disk(dice: random.Random) -> Hook:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             write(path, content)
 
-        checkpoint._write = maybe
+        durable.write = maybe
 
     return hook
 
