@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from tiny import MODEL, corpus, text, trainer
 from torch import Tensor
@@ -366,3 +367,62 @@ def test_pushing_uploads_what_saving_writes(
     assert sent == {
         "me/mine": ["README.md", "config.json", "generation_config.json", "model.safetensors"]
     }
+
+
+def test_a_run_folder_is_not_saved_into(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer(corpus(tmp_path / "text"), run, steps=2).fit()
+    model = AutoModelForCausalLM.from_pretrained(run)
+    with pytest.raises(ValueError, match="is the run folder of a training"):
+        model.save_pretrained(run)
+    newest = checkpoint.newest_checkpoint(run)
+    assert newest is not None
+    checkpoint.load_trainer(newest)
+
+
+def test_a_new_model_s_card_speaks_of_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    trainer(corpus(tmp_path / "text"), run, steps=2).fit()
+    monkeypatch.chdir(run)
+    of(lm()).save_pretrained(tmp_path / "new")
+    card = (tmp_path / "new/README.md").read_text()
+    assert "# vqlm\n" in card and "Training" not in card
+
+
+def test_a_tensor_that_is_missing_is_told(tmp_path: Path) -> None:
+    run_folder(tmp_path, lm())
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    del tensors["norm.weight" if "norm.weight" in tensors else sorted(tensors)[-1]]
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(ValueError, match="is missing"):
+        load(tmp_path)
+
+
+def test_token_ids_are_as_many_as_they_are() -> None:
+    model = of(lm())
+    assert model.resize_token_embeddings(model.config.vocab_size) is model.lm.embedding
+    with pytest.raises(ValueError, match=r"resize_token_embeddings\(270\)"):
+        model.resize_token_embeddings(270)
+    assert model.config.vocab_size == 259
+
+
+@torch.no_grad()
+def test_logits_of_chosen_positions() -> None:
+    model, x = of(lm()), tokens(2, 9)
+    whole = model(x).logits
+    for kept, want in [(0, whole), (2, whole[:, -2:]), (torch.tensor([1, 4]), whole[:, [1, 4]])]:
+        assert torch.equal(model(x, logits_to_keep=kept).logits, want)
+
+
+@torch.no_grad()
+def test_loaded_in_half_precision(tmp_path: Path) -> None:
+    run_folder(tmp_path, lm())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    x = tokens(2, 30)
+    want, got = lm()(x).logits, model(x).logits
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - want).norm() < 0.1 * want.norm()
+    assert model.generate(x, max_new_tokens=5, **GREEDY).shape == (2, 35)

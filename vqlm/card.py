@@ -36,17 +36,18 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100, do_sample=Tr
 """
 
 
-def model_card(lm: LM, run: Path) -> str:
+def model_card(lm: LM, run: Path | None) -> str:
     """The card of ``lm``; ``run``: the run folder it came from, for the figures of its training.
 
-    Says nothing of a training where ``run`` holds none.
+    Says nothing of a training where ``run`` holds none, or is None.
     """
+    name = run.name if run is not None else ""
     config = lm.config
     n_parameter = sum(p.numel() for p in lm.parameters())
     mixers = ", ".join(config.mixers)
     lines = [
         _FRONT,
-        f"# {run.name or 'vqlm'}",
+        f"# {name or 'vqlm'}",
         "",
         f"A language model of {n_parameter:,} parameters: {config.n_layer} layers ({mixers}), "
         f"width {config.d_model}, {config.vocab_size:,} token ids.",
@@ -59,10 +60,12 @@ def model_card(lm: LM, run: Path) -> str:
     table = [f"| {name} | {value} |" for name, value in _figures(run)]
     if table:
         lines += ["", "## Training", "", "| | |", "| --- | --- |", *table]
-    return "\n".join(lines) + "\n" + _USE.format(name=run.name or "FOLDER")
+    return "\n".join(lines) + "\n" + _USE.format(name=name or "FOLDER")
 
 
-def _figures(run: Path) -> list[tuple[str, str]]:
+def _figures(run: Path | None) -> list[tuple[str, str]]:
+    if run is None:
+        return []
     newest = checkpoint.newest_checkpoint(run)
     if newest is None and (run / "trainer.json").is_file():
         newest = run

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vqlm.card import model_card
-from vqlm.checkpoint import load_medium
+from vqlm.checkpoint import fitting_files, load_medium, newest_checkpoint
 from vqlm.codebook import CodeStats, merge_layers
 from vqlm.config import LMConfig, TrainConfig, from_dict
 from vqlm.hf_cache import Call, VqlmCache, VqlmLayer
@@ -125,6 +125,21 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
         assert isinstance(value, torch.nn.Embedding)
         self.lm.embedding = value
 
+    def resize_token_embeddings(  # type: ignore[override]
+        self, new_num_tokens: int | None = None, *arguments: Any, **settings: Any
+    ) -> torch.nn.Module:
+        """The embedding, if its size stays; what a token id stands for is part of vqlm's model.
+
+        Raises:
+            ValueError: another number of token ids.
+        """
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}): a vqlm model keeps its "
+                f"{self.config.vocab_size} token ids; make a new one with another vocab_size"
+            )
+        return self.lm.embedding
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
     ) -> None:
@@ -155,7 +170,7 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Int[Tensor, "B T"] | None = None,
         shift_labels: Int[Tensor, "B T"] | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Int[Tensor, " n"] = 0,
         num_items_in_batch: Int[Tensor, ""] | int | None = None,
         return_dict: bool | None = None,
         **unsupported: Any,
@@ -168,7 +183,7 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
             cache: a ``VqlmCache``; it is brought up to date.
             labels: targets as transformers has them: the same as ``input_ids``, -100 where none.
             shift_labels: targets of each position instead: the token after it, -100 where none.
-            logits_to_keep: only those of the last so many positions; 0: all.
+            logits_to_keep: only those of the last so many positions; 0: all; or of these positions.
             num_items_in_batch: what the loss is divided by; None: the number of targets here.
 
         The loss is the cross-entropy, plus in training the commitment loss.
@@ -191,9 +206,9 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None if targets is None else self._loss(out, targets, num_items_in_batch)
         if self.training and torch.is_grad_enabled():
             self._gather(out)
-        logits = out.logits[:, -logits_to_keep:] if logits_to_keep else out.logits
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, cache=cache if use_cache else None
+            loss=loss, logits=out.logits[:, kept], cache=cache if use_cache else None
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -255,12 +270,18 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """As in transformers, with a model card; the weights have the names of a run folder's."""
+        """As in transformers, with a model card; the weights have the names of a run folder's.
+
+        Raises:
+            ValueError: a run folder, where the next training would write over what is saved.
+        """
+        folder = Path(save_directory)
+        if newest_checkpoint(folder) is not None:
+            raise ValueError(f"{folder} is the run folder of a training; save to another folder")
         tensors = self.state_dict() if state_dict is None else state_dict
         tensors = {name.removeprefix(_PREFIX): x for name, x in tensors.items()}
-        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        source = Path(self.config.name_or_path or ".")
+        source = Path(self.config.name_or_path) if self.config.name_or_path else None
         if not (folder / "README.md").exists():
             (folder / "README.md").write_text(model_card(self.lm, source), encoding="utf-8")
         super().save_pretrained(save_directory, state_dict=tensors, **kwargs)
@@ -278,6 +299,7 @@ def load(folder: str | Path) -> tuple[VqlmForCausalLM, VqlmTokenizer | None]:
         OSError: no such folder, or no model in it.
         ValueError: damaged files.
     """
+    fitting_files(Path(folder))  # transformers would leave missing weights as they happen to be
     model: VqlmForCausalLM = VqlmForCausalLM.from_pretrained(folder)
     if load_medium(folder).kind != "text":
         return model, None
