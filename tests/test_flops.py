@@ -57,6 +57,7 @@ def test_the_count_is_torch_s(mixer: str, config: LMConfig) -> None:
         {"mixers": ("vq",), "cache": False},
         {"mixers": ("vq",), "window": 10, "block": 33},
         {"mixers": ("ovq",), "growth": "eager", "n_entry": 50},
+        {"mixers": ("ovq",), "growth": "eager", "n_entry": 50, "filing": "merge"},
         {"mixers": ("window",), "tie_embedding": True, "window": 40},
     ],
     ids=str,

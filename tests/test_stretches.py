@@ -68,9 +68,11 @@ def after(lm: LM, state: LMState | None, given: dict[str, Tensor], **more: Any) 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, {"dropout_layer": 0.4, "dropout_sinusoid": 0.3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dropout_layer": 0.4, "dropout_sinusoid": 0.3}, {"chunk": 5}], ids=str
+)
 @pytest.mark.parametrize("n_token", [1, 8, 29])
-def test_stretches_give_what_one_call_gives(n_token: int, changes: dict[str, float]) -> None:
+def test_stretches_give_what_one_call_gives(n_token: int, changes: dict[str, Any]) -> None:
     """Logits or loss, state, all gradients and statistics; after a warm state; float64."""
     whole, cut = pair(**changes)
     warm = whole(torch.randint(VOCAB, (3, 8))).state.detach()
@@ -141,7 +143,6 @@ def test_evaluation_reads_whole_calls() -> None:
     ("changes", "message"),
     [
         ({"block": 3}, "stretches of 8 tokens would cut the blocks of 3"),
-        ({"chunk": 16}, "stretches of 8 tokens would cut the chunks of 16"),
         ({"mixers": ("softmax",)}, "a 'softmax' layer's state grows with the text"),
     ],
 )

@@ -103,7 +103,7 @@ class LMConfig:
     """"relative": the Transformer-XL bias in every mixer but "ovq", which has no positions;
     "rotary": rotary positions in "window" mixers and none in the others."""
     learned_temperature: bool = False
-    """Whether "vq", "softmax" and "window" learn a factor on the scores of each head, from 1 on."""
+    """Whether "vq", "softmax" and "window" learn a factor on the scores of each head."""
     conv_width: int = 1
     """Tokens that the short causal convolution of each mixer's input spans; 1: there is none."""
     shifted_keys: bool = False
@@ -253,7 +253,7 @@ class TrainConfig:
     checkpoint_tokens: int | None = None
     """With it: tokens that are computed again at once, through all layers, from the state before
     them: memory of a step is then that of so many tokens, whatever ``seq_len``; a multiple of
-    ``block`` and ``chunk``.  None: each layer by itself, for the whole sequence."""
+    ``block`` with "vq".  None: each layer by itself, for the whole sequence."""
     compile: bool = False
     """Compile (torch.compile) what lies around the attention: faster steps after a slow first."""
     seed: int = 0

@@ -132,11 +132,12 @@ def noise(
 
 
 class Read(NamedTuple):
-    """How an entry is read: with weight count * exp(beta q.a + beta^power a'), where [a, a'] is
-    what ``centre`` makes of the entry's sum of keys and its count; power 0: there is no a'."""
+    """How an entry is read: with weight count * exp(beta (q.a + a')), where [a, a'] is what
+    ``centre`` makes of the entry's sum of keys and its count, or [a] without a'."""
 
     centre: Callable[[Float[Tensor, "... N K"], Float[Tensor, "... N"]], Float[Tensor, "... N A"]]
-    power: int
+    has_bias: bool
+    """Whether there is an a'."""
 
 
 def mean_of(total: Float[Tensor, "... N K"], count: Float[Tensor, "... N"]) -> Tensor:
@@ -154,9 +155,9 @@ def _gaussian(key_sum: Tensor, count: Tensor) -> Tensor:
 
 
 READS: dict[str, Read] = {
-    "renormalised": Read(_renormalised, 0),
-    "mean": Read(mean_of, 0),
-    "gmr": Read(_gaussian, 1),
+    "renormalised": Read(_renormalised, False),
+    "mean": Read(mean_of, False),
+    "gmr": Read(_gaussian, True),
 }
 """What a query is compared with: the mean key scaled to length 1; the mean key m as it is; or m by
 the density of a Gaussian of variance 1 / beta around it, exp(-beta |q - m|^2 / 2), which for q of
@@ -196,6 +197,8 @@ class Rules(NamedTuple):
         require_known("founders", self.founders, FOUNDERS)
         require_known("filing", self.filing, FILINGS)
         require_known("read", self.read, READS)
+        if self.span < 1:
+            raise ValueError(f"span={self.span}, but it must be at least 1 token")
         if self.rate is not None and not 0 < self.rate < 1:
             raise ValueError(f"rate={self.rate}, but it must be in (0, 1), or None for 1 / count")
         if self.rate is not None and self.filing == "merge":
@@ -204,6 +207,11 @@ class Rules(NamedTuple):
     def size(self, n_token: Sizes, n_entry: int) -> Sizes:
         """``dictionary_size`` by these rules."""
         return dictionary_size(n_token, n_entry, self.growth, self.span)
+
+
+STEP = 2.0**-14
+"""Similarities and costs are compared in steps of this, so that the first of equals is the same
+however a product is rounded: equal tokens have equal keys, in calls of any length."""
 
 
 def assign(
@@ -217,10 +225,12 @@ def assign(
     """The entry that each token of a full chunk is filed under.
 
     ``n_new`` founders become the entries ``n_used`` and on; every other token joins the entry,
-    old or new, whose mean has the largest inner product with it, the first of equals.
+    old or new, whose mean has the largest inner product with it, the first of equals (``STEP``).
     ``mean``: those in use in any row; what single rows don't use of them is told by ``n_used``.
     """
-    to_old, (n_old, most_new) = key @ mean.mT, (mean.shape[2], int(n_new.max()))
+    n_old, most_new = mean.shape[2], int(n_new.max())
+    steps = key / STEP
+    to_old = (steps @ mean.mT).round_()
     if n_old > int(n_used.min()):
         unused = torch.arange(n_old, device=key.device) >= n_used[:, None]
         to_old = to_old.masked_fill_(unused[:, None, None], -torch.inf)
@@ -231,8 +241,8 @@ def assign(
         entry = torch.zeros_like(best, dtype=torch.long)
     if not most_new:
         return entry
-    to_chunk = key @ key.mT
-    candidates = Candidates(best, to_chunk, position, n_new)
+    to_chunk = (steps @ key.mT).round_()
+    candidates = Candidates(best * STEP, to_chunk * STEP, position, n_new)
     founds = FOUNDERS[rules.founders](candidates, rules.seed)
     # Founders first, in the order of their places; what a row has less of them is masked.
     place = founds.int().argsort(dim=-1, descending=True, stable=True)[..., :most_new]
@@ -254,7 +264,8 @@ def merge(
     """Where each old entry and each token of a full chunk goes, if both may be merged.
 
     Of all of them, entries first, those whose merger with an earlier one costs least are merged
-    with it, as many as must be for ``n_used + n_new`` to remain.  The cost is Ward's (1963), by
+    with it, as many as must be for ``n_used + n_new`` to remain, the first of equals (``STEP``).
+    The cost is Ward's (1963), by
     which the sum of squared distances to the means grows: |m - m'|^2 c c' / (c + c').  Whoever
     merges with one that merges goes where that goes.  Entries keep their order, without gaps;
     what is unused stays where it is.  ``mean``, ``count``: as ``mean`` of ``assign``.
@@ -264,7 +275,7 @@ def merge(
     square, one = m.square().sum(-1, keepdim=True), torch.ones_like(m[..., :1])
     cost = torch.cat([-2 * m, square, one], -1) @ torch.cat([m, one, square], -1).mT
     share = torch.cat([count, torch.ones_like(key[..., 0])], -1).clamp(min=1).reciprocal()
-    cost /= share[..., None] + share[..., None, :]
+    cost.div_(STEP * (share[..., None] + share[..., None, :])).round_()
     index = torch.arange(n_old + chunk, device=key.device)
     unused = ((index >= n_used[:, None]) & (index < n_old))[:, None]
     cost.masked_fill_(index >= index[:, None], torch.inf)

@@ -115,7 +115,10 @@ def _ovq(config: LMConfig, seq_len: int) -> int:
         if n_query == config.chunk:
             seen = torch.tensor([begin + n_query])
             grown = dictionary_size(seen, config.n_entry, config.growth, config.growth_span)
-            files += n_query * (used + n_query) * config.d_k
+            if config.filing == "merge":  # all with all, and two more columns for the squares
+                files += (used + n_query) ** 2 * (config.d_k + 2)
+            else:
+                files += n_query * (used + n_query) * config.d_k
             used = int(grown)
     return 2 * config.n_head * reads + 2 * config.kv_heads * files
 

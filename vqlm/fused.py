@@ -49,13 +49,13 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, gain)
         wide = at_least_float32(x)
-        return torch.addcmul(bias, wide * _inverse_length(wide), gain)
+        return torch.addcmul(bias, wide * _inverse_length(wide), gain).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, gain = ctx.saved_tensors
-        wide = at_least_float32(x)
+        wide, d = at_least_float32(x), at_least_float32(d)
         inverse = _inverse_length(wide)
         d_gain = (wide * inverse).mul_(d).flatten(0, -2).sum(0)
         dx = _d_normalised(wide, inverse, d * gain)
@@ -65,7 +65,7 @@ class _Norm(torch.autograd.Function):
 def norm(
     x: Float[Tensor, "... D"], gain: Float[Tensor, " D"], bias: Float[Tensor, " D"]
 ) -> Float[Tensor, "... D"]:
-    """gain * x / sqrt(mean(x^2) + EPSILON) + bias, computed in at least float32."""
+    """gain * x / sqrt(mean(x^2) + EPSILON) + bias, computed in at least float32, as ``x`` is given."""
     return _Norm.apply(x, gain, bias)
 
 
@@ -99,7 +99,7 @@ def d_normalised(
 ) -> Float[Tensor, "... K"]:
     """Gradient of ``normalised`` to ``x``, given that of its result."""
     wide = at_least_float32(x)
-    return _d_normalised(wide, _inverse_length(wide), d * scale).to(x.dtype)
+    return _d_normalised(wide, _inverse_length(wide), at_least_float32(d) * scale).to(x.dtype)
 
 
 class _GatedLinear(torch.autograd.Function):

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vqlm.config import LMConfig
-from vqlm.fused import gated_linear, norm, normalise
+from vqlm.fused import at_least_float32, gated_linear, norm, normalise
 from vqlm.kept import Kept
 from vqlm.segments import last_slots
 
@@ -126,9 +126,11 @@ def sinusoid(
     position: Int[Tensor, "..."], width: int, base: float, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "... D"]:
     """All sines, then all cosines, of ``position`` times base^(-2m/width), m = 0 ... width/2-1."""
-    m = torch.arange(width // 2, device=position.device, dtype=dtype)
-    angle = position[..., None].to(dtype) * base ** (-2 * m / width)
-    return torch.cat([angle.sin(), angle.cos()], -1)
+    # Half precision has no whole numbers beyond some hundreds.
+    wide = torch.promote_types(dtype, torch.float32)
+    m = torch.arange(width // 2, device=position.device, dtype=wide)
+    angle = position[..., None].to(wide) * base ** (-2 * m / width)
+    return torch.cat([angle.sin(), angle.cos()], -1).to(dtype)
 
 
 def rotate(
@@ -257,7 +259,7 @@ class AttentionProjections(nn.Module):
 
     def _bias(self, seed: int | None) -> RelativeBias:
         if not self.relative:
-            content = self.scale * self.content_bias
+            content = self.scale * at_least_float32(self.content_bias)
             rows = content.new_zeros(len(content), self.config.window + 1, self.config.d_k)
             return RelativeBias(content, torch.zeros_like(content), rows)
         distance = torch.arange(self.config.window + 1, device=self.content_bias.device)
@@ -267,9 +269,8 @@ class AttentionProjections(nn.Module):
         waves = drop(waves, self.config.dropout_sinusoid, seed) if self.training else waves
         rows = self.position(waves)
         rows = rearrange(rows, "m (h k) -> h m k", k=self.config.d_k)
-        return RelativeBias(
-            self.scale * self.content_bias, self.scale * self.position_bias, self.scale * rows
-        )
+        parts = self.content_bias, self.position_bias, rows
+        return RelativeBias(*(self.scale * at_least_float32(part) for part in parts))
 
     def merge(self, heads: Float[Tensor, "B H T V"], gate: Tensor | None) -> Tensor:
         """Joins the heads, applies the gate, projects back to [B, T, D]."""

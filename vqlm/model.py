@@ -194,6 +194,7 @@ class LM(nn.Module):
         with torch.device("meta"):
             other = type(self)(config)
         other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        other.checkpointing, other.stretch, other.cut = self.checkpointing, self.stretch, self.cut
         return other.train(self.training)
 
     def flops(self, seq_len: int) -> int:
@@ -295,8 +296,10 @@ class LM(nn.Module):
             yield layer
 
     def _checked_state(self, tokens: Tensor, state: LMState | None) -> LMState:
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"LM: tokens have shape {tuple(tokens.shape)}; want [B, T], T >= 1")
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(
+                f"LM: tokens have shape {tuple(tokens.shape)}; want [B, T], neither of them 0"
+            )
         if state is None:
             return self.init_state(tokens.shape[0])
         if state.length.shape[0] != tokens.shape[0]:

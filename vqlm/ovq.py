@@ -52,7 +52,8 @@ from vqlm.ovq_kernel import Call, ovq_function
 from vqlm.segments import Segments
 
 BETA_START = 8.0
-"""Inverse temperature at first; the most it may become is ``MOST_SCORE``."""
+"""Inverse temperature at first, or ``CACHE_SCORE`` with ``shifted_keys``; the most it may become is
+``MOST_SCORE``."""
 
 
 class OVQState(NamedTuple):
@@ -63,9 +64,9 @@ class OVQState(NamedTuple):
     value_sum: Float[Tensor, "B G N V"]
     """Sum of their values."""
     key_count: Float[Tensor, "B G N"]
-    """How many there are."""
+    """How many there are; exact up to 2^24 in float32."""
     key: Float[Tensor, "B G L K"]
-    """Keys of the open chunk, its first ``length`` modulo L; what is behind them is arbitrary."""
+    """Keys of the open chunk, its first ``length`` modulo L; zeros behind them."""
     value: Float[Tensor, "B G L V"]
     """Their values."""
     n_used: Int[Tensor, " B"]
@@ -114,13 +115,14 @@ def ovq_attention(
         segments, state.length, state.n_used, query.shape[2], chunk,
         lambda n_token: rules.size(n_token, n_entry),
     )  # fmt: skip
-    if not layout.chunks:  # nothing but padding
+    if not layout.chunks or not query.shape[2]:  # nothing but padding, or nothing
         return value.new_zeros(*query.shape[:3], value.shape[3]), state
     keys, values = layout.keys(key, state.key), layout.keys(value, state.value)
-    out, key_sum, value_sum, count = ovq_function(
-        layout.queries(query), keys, values, beta, state.key_sum, state.value_sum,
-        state.key_count, Call(layout.chunks, rules, key.shape[1]),
-    )  # fmt: skip
+    with torch.autocast(query.device.type, enabled=False):
+        out, key_sum, value_sum, count = ovq_function(
+            layout.queries(query), keys, values, beta, state.key_sum, state.value_sum,
+            state.key_count, Call(layout.chunks, rules, key.shape[1]),
+        )  # fmt: skip
     return layout.outputs(out), OVQState(
         key_sum, value_sum, count, layout.tail(keys, state.key),
         layout.tail(values, state.value), layout.n_used,
@@ -162,6 +164,15 @@ class OVQAttention(nn.Module):
         """The empty state of ``batch_size`` rows, with the N of the config."""
         return initial_state(self.config, batch_size, self.log_beta)
 
+    def read(
+        self, projected: Projected, state: OVQState, segments: Segments = Segments(),  # noqa: B008
+    ) -> tuple[Float[Tensor, "B H T V"], OVQState]:  # fmt: skip
+        """``ovq_attention`` of what ``project`` gives, its keys and queries scaled to length 1."""
+        dtype = state.key_sum.dtype
+        query, key = (F.normalize(x.to(dtype), dim=-1) for x in projected[:2])
+        beta = self.beta(dtype)
+        return ovq_attention(query, key, projected.value, beta, state, segments, self.rules)
+
     def forward(
         self,
         x: Float[Tensor, "B T D"],
@@ -177,17 +188,13 @@ class OVQAttention(nn.Module):
         ``before``: keys are those of the token before.
         """
         state = self.init_state(x.shape[0]) if state is None else state
-        query, key, value, gate = self.project(x, before)
+        projected, cut = self.project(x, before), segments.cut
         # Scores, dictionary and assignments stay in float32 under autocast.
         with torch.autocast(x.device.type, enabled=False):
-            dtype, cut = state.key_sum.dtype, segments.cut
             if cut is not None:
-                state = OVQState(*cut.take(state, value))
-            heads, state = ovq_attention(
-                F.normalize(query.to(dtype), dim=-1), F.normalize(key.to(dtype), dim=-1),
-                value, self.beta(dtype), state, segments, self.rules,
-            )  # fmt: skip
+                state = OVQState(*cut.take(state, projected.value))
+            heads, state = self.read(projected, state, segments)
             if cut is not None:
                 heads = cut.hand_on(heads, state)
-        y = gated_output(self.output, heads.to(x.dtype), gate, self.config.output_gate)
+        y = gated_output(self.output, heads.to(x.dtype), projected.gate, self.config.output_gate)
         return y, state, None

@@ -51,7 +51,7 @@ class Sums(NamedTuple):
             made.append(y)
         return Sums(*made)
 
-    def kept(self, rows: Bool[Tensor, " M"]) -> Sums:
+    def where(self, rows: Bool[Tensor, " M"]) -> Sums:
         """With nothing in the dictionaries of the other rows."""
         keep = rows[:, None, None]
         return Sums(self.key * keep, self.value * keep, self.counts * keep[..., 0])
@@ -182,7 +182,7 @@ class _OVQFunction(torch.autograd.Function):
         count: Float[Tensor, "B G N"],
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sums = Sums(key_sum.flatten(0, 1), value_sum.flatten(0, 1), count.flatten(0, 1))
+        sums = Sums(*(x.flatten(0, 1).contiguous() for x in (key_sum, value_sum, count)))
         begins = {stretch[0] for stretch in call.stretches()} if any(ctx.needs_input_grad) else {}
         out = value.new_empty(*query.shape[:3], value.shape[3])
         norm = value.new_empty(query.shape[:3])
@@ -193,7 +193,7 @@ class _OVQFunction(torch.autograd.Function):
             if index in begins:
                 kept.append(sums.copy(chunk.most_used) if index else sums)
             if chunk.fresh is not None:
-                sums, owned = sums.kept(~call.rows(chunk.fresh)), True
+                sums, owned = sums.where(~call.rows(chunk.fresh)), True
             view = _View.of(chunk, query, key, value, beta, call)
             out[:, :, chunk.queries], norm[:, :, chunk.queries] = view.look_up(
                 sums.first(chunk.most_used)
@@ -212,7 +212,12 @@ class _OVQFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
+    def backward(ctx: Any, *d: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(d[0].device.type, enabled=False):
+            return _OVQFunction.gradients(ctx, *d)
+
+    @staticmethod
+    def gradients(
         ctx: Any, d_out: Tensor, d_key_sum: Tensor, d_value_sum: Tensor, d_count: Tensor
     ) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
@@ -222,8 +227,9 @@ class _OVQFunction(torch.autograd.Function):
         entries = {i: next(filed) for i, chunk in enumerate(call.chunks) if chunk.files}
         grads = _Gradients(
             torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value),
-            torch.zeros_like(beta), d_key_sum.flatten(0, 1).clone(),
-            d_value_sum.flatten(0, 1).clone(),
+            torch.zeros_like(beta),
+            *(x.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+              for x in (d_key_sum, d_value_sum)),
         )  # fmt: skip
         of_output = d_out, -(d_out * out).sum(-1), norm
         for stretch, start in zip(reversed(list(call.stretches())), reversed(kept), strict=True):
@@ -231,7 +237,7 @@ class _OVQFunction(torch.autograd.Function):
             for index in stretch:
                 chunk = call.chunks[index]
                 if chunk.fresh is not None:
-                    sums = sums.kept(~call.rows(chunk.fresh))
+                    sums = sums.where(~call.rows(chunk.fresh))
                 view = _View.of(chunk, query, key, value, beta, call)
                 filing = None
                 before = sums.first(chunk.most_used)
@@ -259,7 +265,7 @@ class _View(NamedTuple):
     query: Float[Tensor, "B H W K"]
     beta: Float[Tensor, " H"]
     lifted: Float[Tensor, "M RW A"]
-    """Queries times beta, and beta^power behind them."""
+    """Queries times beta, and, if entries have a bias, beta behind them."""
     key: Float[Tensor, "M L K"]
     value: Float[Tensor, "M L V"]
     allowed: Float[Tensor, "U RW"]
@@ -274,8 +280,8 @@ class _View(NamedTuple):
         _, n_head, n_query, width = query.shape
         share = n_head // call.n_group
         lifted = query * beta[:, None, None]
-        if rule.power:
-            more = (beta**rule.power)[:, None, None].expand(*query.shape[:3], 1)
+        if rule.has_bias:
+            more = beta[:, None, None].expand(*query.shape[:3], 1)
             lifted = torch.cat([lifted, more], -1)
         lifted = lifted.reshape(-1, share * n_query, lifted.shape[-1])
         place = torch.arange(chunk.first + n_query, device=query.device)
@@ -387,13 +393,13 @@ class _Gradients(NamedTuple):
 
     def _of_queries_(self, chunk: Chunk, view: _View, d_lifted: Float[Tensor, "M RW A"]) -> None:
         """From what is ``lifted`` to queries and beta."""
-        query, beta, power = view.query, view.beta, view.read.power
+        query, beta = view.query, view.beta
         d_lifted = d_lifted.view(*query.shape[:3], -1)
         d_scaled = d_lifted[..., : query.shape[-1]]
         self.query[:, :, chunk.queries] = beta[:, None, None] * d_scaled
         self.beta.add_((query * d_scaled).sum((0, 2, 3)))
-        if power:
-            self.beta.add_(power * beta ** (power - 1) * d_lifted[..., -1].sum((0, 2)))
+        if view.read.has_bias:
+            self.beta.add_(d_lifted[..., -1].sum((0, 2)))
 
 
 ovq_function = _OVQFunction.apply

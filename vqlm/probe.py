@@ -107,13 +107,11 @@ def attention_weights(
 def _ovq_weights(mixer: ovq.OVQAttention, x: Tensor, before: Before | None) -> Tensor:
     n_token = x.shape[1]
     config = dataclasses.replace(mixer.config, d_v=n_token)
-    query, key, _, _ = mixer.project(x, before)
-    value = repeat(torch.eye(n_token).to(key), "t v -> 1 g t v", g=config.kv_heads)
+    projected = mixer.project(x, before)
+    value = repeat(torch.eye(n_token).to(x), "t v -> 1 g t v", g=config.kv_heads)
     empty = ovq.initial_state(config, 1, value)
-    return ovq.ovq_attention(
-        F.normalize(query, dim=-1), F.normalize(key, dim=-1), value,
-        mixer.beta(x.dtype), empty, rules=mixer.rules,
-    )[0][0]  # fmt: skip
+    with torch.autocast(x.device.type, enabled=False):
+        return mixer.read(projected._replace(value=value), empty)[0][0]
 
 
 @torch.no_grad()

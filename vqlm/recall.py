@@ -91,7 +91,8 @@ def _pairs(n_pair: int, n_row: int, generator: torch.Generator, gap: int) -> Exa
 def positional(n_pair: int, n_row: int, generator: torch.Generator) -> Examples:
     """``n_pair`` pairs of n_pair / 4 keys, each with four values; "which was the second of k?".
 
-    Who knows a key's values, but not their order, is right with one answer in four.
+    Who knows a key's values, but not their order, is right with one answer in four.  What is no
+    multiple of four is rounded down to one, but to four at least.
     """
     _require_size(n_pair, 1, N_KEY * OCCURRENCES)
     n_key = max(1, n_pair // OCCURRENCES)

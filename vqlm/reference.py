@@ -189,6 +189,11 @@ def _ovq_score(q: Tensor, mean_key: Tensor, read: str) -> Tensor:
     return q @ mean_key + (1 - mean_key @ mean_key) / 2
 
 
+def _ovq_step(x: Tensor) -> int:
+    """``x`` in whole steps of 2^-14, in which OVQ compares."""
+    return round(x.item() * 2**14)
+
+
 def _ovq_file(
     entries: list[_Entry], members: list[int], k: Tensor, v: Tensor, n_new: int, g: int,
     choices: OVQChoices,
@@ -200,7 +205,7 @@ def _ovq_file(
     joining: list[list[int]] = [[] for _ in entries] + [[i] for i in founders]
     for i in members:
         if i not in founders:
-            similar = [(k[i] @ c).item() for c in candidates]
+            similar = [_ovq_step(k[i] @ c) for c in candidates]
             joining[similar.index(max(similar))].append(i)
     filed = []
     for s, new in enumerate(joining):
@@ -229,10 +234,10 @@ def _ovq_founders(
         return sorted(sorted(members, key=lambda i: draws[i].item())[:n_new])
     if choices.founders == "kmeans++":
         return _ovq_kmeans_plus_plus(means, members, k, n_new, g, choices)
-    familiarity = {}
+    familiarity: dict[int, float] = {}
     for position, i in enumerate(members):
         others = [k[i] @ m for m in means] + [k[i] @ k[j] for j in members[:position]]
-        familiarity[i] = max((x.item() for x in others), default=float("-inf"))
+        familiarity[i] = max((_ovq_step(x) for x in others), default=float("-inf"))
     return sorted(sorted(members, key=lambda i: (familiarity[i], i))[:n_new])
 
 
@@ -245,7 +250,7 @@ def _ovq_kmeans_plus_plus(
         rest = [i for i in members if i not in founders]
         shares = []
         for i in rest:
-            nearest = max([(k[i] @ m).item() for m in known], default=-1.0)
+            nearest = max([_ovq_step(k[i] @ m) * 2.0**-14 for m in known], default=-1.0)
             shares.append(max(2 - 2 * nearest, 1e-9))
         aim = choices.draws[g][members[step]].item() * sum(shares)
         for i, share in zip(rest, shares, strict=True):
@@ -262,11 +267,11 @@ def _ovq_merge(items: list[_Entry], n_left: int) -> list[_Entry]:
     least = []
     for i, (key, _, count) in enumerate(items):
         costs = [
-            ((key - other).square().sum() * count * n / (count + n)).item()
+            _ovq_step((key - other).square().sum() * count * n / (count + n))
             for other, _, n in items[:i]
         ]
-        best = min(costs, default=float("inf"))
-        least.append((best, i, costs.index(best) if costs else i))
+        best = min(range(i), key=lambda j: costs[j], default=i)
+        least.append((costs[best] if costs else float("inf"), i, best))
     partner = {i: j for _, i, j in sorted(least)[: len(items) - n_left]}
     roots: dict[int, list[_Entry]] = {}
     for i, item in enumerate(items):

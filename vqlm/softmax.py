@@ -153,7 +153,7 @@ class SoftmaxAttention(nn.Module):
             query, key, value, self.project.bias(seed), state, segments,
             block=self.config.block, window_only=self.window_only,
         )  # fmt: skip
-        return self.project.merge(heads, gate), state, None
+        return self.project.merge(heads.to(x.dtype), gate), state, None
 
 
 class WindowAttention(SoftmaxAttention):

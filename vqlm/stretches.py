@@ -26,16 +26,14 @@ def require_stretch(config: LMConfig, stretch: int, is_cut: bool) -> None:
     """Says no to a ``stretch`` with which a step would not be that of one call.
 
     Raises:
-        ValueError: it would cut blocks or chunks, a layer's state grows, or the sequences are cut
+        ValueError: it would cut blocks of "vq", a layer's state grows, or the sequences are cut
             over processes.
     """
-    sizes = {"vq": ("block", config.block), "ovq": ("chunk", config.chunk)}
-    for mixer, (name, size) in sizes.items():
-        if mixer in config.mixers and stretch % size:
-            raise ValueError(
-                f"LM: stretches of {stretch} tokens would cut the {name}s of {size} that gradients "
-                f"of {mixer!r} layers depend on; choose a multiple"
-            )
+    if "vq" in config.mixers and stretch % config.block:
+        raise ValueError(
+            f"LM: stretches of {stretch} tokens would cut the blocks of {config.block} that "
+            "gradients of 'vq' layers depend on; choose a multiple"
+        )
     if "softmax" in config.mixers:
         raise ValueError(
             "LM: a 'softmax' layer's state grows with the text, so stretches save no memory; "

@@ -278,4 +278,8 @@ class VQAttention(nn.Module):
             query, keys, value, codes, self.project.bias(seed), state, segments,
             block=self.config.block, cache_grad=self.config.cache_grad, scale=scale,
         )  # fmt: skip
-        return self.project.merge(heads, gate), state, VQAux(keys.commitment, keys.stats)
+        return (
+            self.project.merge(heads.to(x.dtype), gate),
+            state,
+            VQAux(keys.commitment, keys.stats),
+        )
