@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from vqlm.data import load_corpus
 from vqlm.optimizers import schedule
-from vqlm.patched_files import load_original, save_patched
-from vqlm.patching import PatchConfig, PatchedAttention, attention_modules, patch, patched_layers
+from vqlm.patched_files import copy_tokenizer, load_original, save_patched
+from vqlm.patching import PatchConfig, PatchedAttention, attention_calls, patch, patched_layers
 
 HELD_OUT_WINDOWS = 200
 """Windows of the validation split that losses are measured on."""
@@ -154,37 +154,13 @@ def matching_loss(
     layers: list[PatchedAttention], original: nn.Module, tokens: Int[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
     """Mean over ``layers`` of |output - original's|^2 / |original's|^2, for the same inputs."""
-    inputs = _attention_calls(original, tokens)
+    inputs = attention_calls(original, tokens)
     losses = []
     for layer in layers:
         arguments, wanted = inputs[layer.layer_idx]
         got = layer(**arguments)[0]
         losses.append((got - wanted).square().sum() / wanted.square().sum())
     return torch.stack(losses).mean()
-
-
-@torch.no_grad()
-def _attention_calls(
-    model: nn.Module, tokens: Int[Tensor, "B T"]
-) -> dict[int, tuple[dict[str, Any], Tensor]]:
-    """What each attention layer of ``model`` was called with, by name, and what it gave."""
-    calls: dict[int, tuple[dict[str, Any], Tensor]] = {}
-
-    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        kept = {name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")}
-        hidden = args[0] if args else kwargs["hidden_states"]
-        calls[module.layer_idx] = ({"hidden_states": hidden, **kept}, output[0])
-
-    hooks = [
-        getattr(parent, name).register_forward_hook(note, with_kwargs=True)
-        for parent, name in attention_modules(model)
-    ]
-    try:
-        model(input_ids=tokens, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
 
 
 @torch.no_grad()
@@ -199,7 +175,7 @@ def start_codebooks_(
     if not any(hasattr(layer, "codebook") for layer in layers):
         return
     generator = torch.Generator().manual_seed(seed)
-    calls = _attention_calls(original, tokens)
+    calls = attention_calls(original, tokens)
     for layer in layers:
         arguments, _ = calls[layer.layer_idx]
         heads = layer.heads(arguments["hidden_states"], arguments["position_embeddings"])
@@ -276,6 +252,9 @@ def run(
     """
     corpus = load_corpus(data)
     original, encode = load_original(model)
+    most = getattr(original.config, "max_position_embeddings", None)
+    if most is not None and config.seq_len > most:
+        raise ValueError(f"seq_len={config.seq_len}, but {model} reads {most} tokens at most")
     train, validation = (encode(split.text()) for split in (corpus.train, corpus.validation))
     windows = held_out(validation, config.seq_len, HELD_OUT_WINDOWS)
     patched = copy.deepcopy(original)
@@ -285,4 +264,5 @@ def run(
     found |= adapt(patched, original, text_windows(train, config), config, lambda s: print(s))
     found["adapted"] = nats_per_token(patched, windows)
     save_patched(patched, out)
+    copy_tokenizer(model, out)
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vqlm.config import from_dict
-from vqlm.patching import PatchConfig, patch, patched_layers
+from vqlm.patching import PatchConfig, attention_modules, patch, patched_layers
 from vqlm.vocabulary import BYTES
 
 PATCH_FILE, CODEBOOK_FILE = "vqlm_patch.json", "vqlm_codebooks.safetensors"
@@ -37,7 +37,10 @@ def save_patched(model: PreTrainedModel, folder: str | Path) -> None:
     books = {name: tensors.pop(name) for name in list(tensors) if _CODEBOOK in name}
     path = Path(folder)
     model.save_pretrained(path, state_dict=tensors)
-    facts = dataclasses.asdict(configs.pop()) | {"layers": [layer.layer_idx for layer in layers]}
+    places = [getattr(parent, name) in layers for parent, name in attention_modules(model)]
+    facts = dataclasses.asdict(configs.pop()) | {
+        "layers": [i for i, is_ours in enumerate(places) if is_ours]
+    }
     (path / PATCH_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if books:
         safetensors.torch.save_file(books, path / CODEBOOK_FILE)
@@ -66,6 +69,12 @@ def load_patched(folder: str | Path) -> PreTrainedModel:
     return model.eval()
 
 
+def copy_tokenizer(source: str | Path, target: str | Path) -> None:
+    """Saves the tokenizer of the model in ``source``, if it has one, with the one in ``target``."""
+    if (Path(source) / "tokenizer_config.json").is_file():
+        AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
 def load_original(
     folder: str | Path,
 ) -> tuple[PreTrainedModel, Callable[[bytes], Int[Tensor, " n"]]]:
@@ -75,9 +84,15 @@ def load_original(
     counts them.
 
     Raises:
-        ValueError: not a model of transformers, or no tokenizer and too few token ids for bytes.
+        ValueError: not a model of transformers, one that is patched, or no tokenizer and too few
+            token ids for bytes.
     """
     path = Path(folder)
+    if (path / PATCH_FILE).is_file():
+        raise ValueError(
+            f"{path} holds a patched model, which was adapted to its patch; give the model that it "
+            "was made from"
+        )
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: not the folder of a model of transformers")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -38,6 +38,9 @@ from vqlm.patch_attention import DictionaryState, dictionary_attention, empty_st
 from vqlm.segments import Segments
 
 PATCH_MIXERS = ("ovq", "vq", "window")
+
+N_TRIED = 24
+"""Tokens on which ``patch`` compares a patched layer with the original."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +94,15 @@ def _split_heads(x: Tensor, width: int) -> Float[Tensor, "B H T W"]:
 
 
 def _project_rotary(layer: Any, x: Tensor, positions: Any) -> _Heads:
-    """Llama, Mistral, Qwen2, Qwen3: separate projections, norms of heads if any, rotary."""
+    """Llama, Mistral, Qwen2, Qwen3: separate projections, norms of heads if any, rotary if given."""
     query, key, value = (
         _split_heads(projection(x), layer.head_dim)
         for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
     if hasattr(layer, "q_norm"):
         query, key = layer.q_norm(query), layer.k_norm(key)
-    query, key = layer.rotate(query, key, *positions)
+    if positions is not None:
+        query, key = layer.rotate(query, key, *positions)
     return _Heads(query, key, value)
 
 
@@ -179,20 +183,25 @@ class PatchedAttention(nn.Module):
                 unpatched model has filled.
         """
         n_token = hidden_states.shape[1]
-        segments = Segments.of(real_tokens(attention_mask, n_token))
+        layer = None if cache is None else _layer_of(cache, self.layer_idx)
+        n_seen = 0 if layer is None else layer.n_token
+        segments = Segments.of(real_tokens(attention_mask, n_token, n_seen))
         heads = self.heads(hidden_states, position_embeddings)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            out = self._attend(heads, segments, cache, n_token)
+            out = self._attend(heads, segments, layer, n_token)
         joined = rearrange(out, "b h t v -> b t (h v)").to(hidden_states.dtype)
         projected = getattr(self, FAMILIES[self.family].output)(joined)
         return getattr(self, "resid_dropout", nn.Identity())(projected), None
 
     def _attend(
-        self, heads: _Heads, segments: Segments, cache: Cache | None, n_token: int
+        self,
+        heads: _Heads,
+        segments: Segments,
+        layer: StateLayer[DictionaryState] | None,
+        n_token: int,
     ) -> Float[Tensor, "B H T V"]:
         config = self.config_of_patch
         query, key, value = (_packed(x, segments) for x in heads)
-        layer = None if cache is None else _layer_of(cache, self.layer_idx)
         state = None if layer is None else layer.state
         if state is None:
             n_entry = 0 if config.mixer == "window" else config.n_entry
@@ -222,11 +231,13 @@ def _packed(x: Float[Tensor, "B A T W"], segments: Segments) -> Float[Tensor, "B
     return segments.pack(x.transpose(1, 2)).transpose(1, 2)
 
 
-def real_tokens(mask: Any, n_token: int) -> Bool[Tensor, "B T"] | None:
+def real_tokens(mask: Any, n_token: int, n_seen: int = 0) -> Bool[Tensor, "B T"] | None:
     """Which of the new tokens are real, by the mask that a model of transformers hands down.
 
     Args:
-        mask: None, [B, all columns so far], or [B, 1, T, all columns], of bool or to be added.
+        mask: None, [B, all columns so far], or [B, 1, T, all columns], of bool or to be added; with
+            a ``StaticCache`` columns of what is still to come are behind them.
+        n_seen: columns before those of the new tokens, if there are as many.
 
     Raises:
         ValueError: a mask of another kind, or one that hides more than padding and the future.
@@ -238,10 +249,12 @@ def real_tokens(mask: Any, n_token: int) -> Bool[Tensor, "B T"] | None:
             f"a patched layer got a mask of type {type(mask).__name__}; load the model with "
             "attn_implementation='sdpa' or 'eager'"
         )
+    begin = min(n_seen, mask.shape[-1] - n_token)
+    new = slice(begin, begin + n_token)
     if mask.ndim == 2:
-        real = mask[:, mask.shape[1] - n_token :].bool()
+        real = mask[:, new].bool()
     else:
-        shown = mask[:, 0, :, mask.shape[3] - n_token :]
+        shown = mask[:, 0, :, new]
         shown = shown if shown.dtype == torch.bool else shown == 0
         real = shown.diagonal(dim1=1, dim2=2)
         causal = torch.ones(n_token, n_token, dtype=torch.bool, device=mask.device).tril()
@@ -278,16 +291,30 @@ def _family_of(module: nn.Module) -> str:
     own = [name for name, _ in module.named_parameters(recurse=False)]
     for name, family in FAMILIES.items():
         if family.projections <= parts <= family.projections | family.optional and not own:
-            if getattr(module, "sliding_window", None) is not None:
-                raise ValueError(
-                    f"layer {getattr(module, 'layer_idx', '?')} has a window of its own, so its "
-                    "state is constant already; leave it out of layers"
-                )
+            _require_plain(module)
             return name
     raise ValueError(
         f"don't know how to patch {type(module).__name__} with the parts {sorted(parts) + own}; "
         "known are Llama-, Qwen- and GPT-2-style attention"
     )
+
+
+def _require_plain(module: Any) -> None:
+    """Nothing, if scores are products of queries and keys, and all earlier tokens are seen."""
+    config, index = getattr(module, "config", None), module.layer_idx
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(module, "sliding_window", None)
+    if not hasattr(module, "sliding_window") and (not kinds or "sliding" in kinds[index]):
+        window = getattr(config, "sliding_window", None)
+    if window is not None:
+        raise ValueError(
+            f"layer {index} has a window of its own ({window}), so its state is constant already; "
+            "leave it out of layers, or set config.sliding_window to None before the model is made"
+        )
+    for name in ("attn_logit_softcapping", "clip_qkv"):
+        value = getattr(module, name, getattr(config, name, None))
+        if value is not None:
+            raise ValueError(f"layer {index} has {name}={value}, which patch can't keep")
 
 
 def _n_groups(module: nn.Module, head_dim: int) -> int:
@@ -332,7 +359,8 @@ def patch(
         settings: other fields of ``PatchConfig``.
 
     Raises:
-        ValueError: an unknown model, setting or layer; nothing is changed then.
+        ValueError: an unknown model, setting or layer, or layers that give other outputs when they
+            are patched and see every token; nothing is changed then.
     """
     for name in settings:
         require_known("setting", name, [field.name for field in dataclasses.fields(PatchConfig)])
@@ -348,9 +376,72 @@ def patch(
         if isinstance(original, PatchedAttention):
             raise ValueError("a layer is patched already; patch a fresh copy of the model")
         made.append(PatchedAttention(original, config).train(original.training))
+    _require_same(model, [getattr(parent, name) for parent, name in places])
     for (parent, name), patched in zip(places, made, strict=True):
         setattr(parent, name, patched)
     return model
+
+
+@torch.no_grad()
+def attention_calls(
+    model: nn.Module, tokens: Int[Tensor, "B T"]
+) -> dict[int, tuple[dict[str, Any], Tensor]]:
+    """What each attention layer of ``model`` is called with for ``tokens``, by name, and its
+    output [B, T, D]; by ``layer_idx``."""
+    calls: dict[int, tuple[dict[str, Any], Tensor]] = {}
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        kept = {name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")}
+        hidden = args[0] if args else kwargs["hidden_states"]
+        calls[module.layer_idx] = ({"hidden_states": hidden, **kept}, output[0])
+
+    hooks = [
+        getattr(parent, name).register_forward_hook(note, with_kwargs=True)
+        for parent, name in attention_modules(model)
+    ]
+    try:
+        model(input_ids=tokens, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+@torch.no_grad()
+def _require_same(model: Any, layers: list[Any]) -> None:
+    """Nothing, if ``layers`` give what they gave once they are patched and see every token.
+
+    A family that is called like one that is known may do something else with its projections.
+
+    Raises:
+        ValueError: they don't.
+    """
+    weight = next(model.parameters())
+    if weight.is_meta:
+        return
+    training = {module: module.training for module in model.modules()}
+    n_token = min(N_TRIED, getattr(model.config, "max_position_embeddings", None) or N_TRIED)
+    n_id = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(1, 1 + n_token, device=weight.device)[None] % n_id
+    exact = PatchConfig(mixer="window", window=n_token, chunk=n_token)
+    calls = attention_calls(model.eval(), tokens)
+    for module, was_training in training.items():
+        module.training = was_training
+    for layer in layers:
+        arguments, wanted = calls[layer.layer_idx]
+        try:
+            got = PatchedAttention(layer, exact).eval()(**arguments)[0]
+        except (RuntimeError, TypeError, ValueError) as error:
+            why = f"fails when it is patched ({' '.join(str(error).split())})"
+        else:
+            slack = torch.finfo(wanted.dtype).eps ** 0.5 * wanted.norm()
+            if (got - wanted).norm() <= slack:
+                continue
+            why = f"gives other outputs when it is patched (by {(got - wanted).norm():.2g})"
+        raise ValueError(
+            f"layer {layer.layer_idx}, a {type(layer).__name__}, {why}: it does more than patch "
+            "knows of Llama-, Qwen- and GPT-2-style attention. Leave it out of layers"
+        )
 
 
 def patched_layers(model: nn.Module) -> list[PatchedAttention]:
