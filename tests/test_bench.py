@@ -11,8 +11,8 @@ import torch
 from vqlm import bench, bench_limit, cli
 from vqlm.bench_plot import drawn, plot
 
-TINY = "n_layer=1 d_model=16 n_head=2 d_k=8 d_v=8 n_code=5 window=4 block=4 n_entry=5 chunk=4"
-
+HEADS = "n_head=2 d_k=8 d_v=8 n_code=5 window=4 block=4 n_entry=5 chunk=4"
+TINY = f"n_layer=1 d_model=16 {HEADS}"
 
 MATMUL, MEMORY = bench_limit.matmul_rate, bench_limit.memory_rate
 
@@ -47,7 +47,7 @@ FIELDS = {
 
 def test_attention_at_several_lengths_and_blocks() -> None:
     result = run(
-        f"attention {TINY} --lengths 24,16 40 --blocks 4,8 --mixers vq,ovq --max-quadratic 24 "
+        f"attention {HEADS} --lengths 24,16 40 --blocks 4,8 --mixers vq,ovq --max-quadratic 24 "
         "--forward-from 40 --repeats 2 --threads 1 --no-memory"
     )
     rows = result["rows"]
@@ -71,19 +71,20 @@ def test_quadratic_ones_are_repeated_less_at_great_lengths(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("vqlm.bench_attention.LONG", 16)
-    rows = run(f"attention {TINY} --lengths 16 24 --repeats 3 --repeats-long 2 --no-memory")["rows"]
+    words = f"attention {HEADS} --lengths 16 24 --repeats 3 --repeats-long 2 --no-memory"
+    rows = run(words)["rows"]
     assert [(r["mixer"], r["repeats"]) for r in rows[::2]] == [
         ("vq", 3), ("sdpa", 3), ("vq", 3), ("sdpa", 2)
     ]  # fmt: skip
 
 
 def test_one_block_length_needs_no_label() -> None:
-    rows = run(f"attention {TINY} --lengths 16 --repeats 1 --no-memory")["rows"]
+    rows = run(f"attention {HEADS} --lengths 16 --repeats 1 --no-memory")["rows"]
     assert rows[0]["block"] == 4 and rows[2]["ratio_vs"].keys() == {"vq"}
 
 
 def test_memory_is_measured_unless_it_is_not_wanted() -> None:
-    rows = run(f"attention {TINY} --lengths 16 --repeats 1 --against none")["rows"]
+    rows = run(f"attention {HEADS} --lengths 16 --repeats 1 --against none")["rows"]
     assert [r["peak_mb"] is not None and r["process_mb"] > 0 for r in rows] == [True, True]
 
 
@@ -141,6 +142,14 @@ def test_threads_are_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> No
         ("decode --tokens 0", "at least one"),
         ("limit n_code=5", "has no sizes"),
         ("fidelity n_code=5", "has no sizes"),
+        ("attention --precision bfloat16", "does not read --precision, which is for model, off"),
+        ("attention --compile", "does not read --compile, which is for model, official"),
+        ("model --stretch 64", "--stretch says how --checkpointing is done"),
+        ("decode --stretch 64", "does not read --stretch, which is for model, official"),
+        ("limit --mixers zzz", "does not read --mixers, which is for attention, model, official"),
+        ("fidelity --threads 1", "does not read --threads, which is for"),
+        ("attention d_model=64", "does not read d_model, which is for model, official and decode"),
+        ("model mixers=ovq", "give them with --mixers"),
     ],
 )
 def test_mistakes_are_answered(
@@ -161,6 +170,14 @@ def test_words_may_stand_anywhere_and_help_names_every_benchmark(
         cli.main(["bench", "--help"])
     said = capsys.readouterr().out
     assert all(f"  {name} " in said for name in bench.HELP)
+
+
+def test_every_option_has_its_readers() -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    assert vars(parser.parse_args(["limit"])).keys() - {"benchmark", "what", "memory"} == (
+        bench.READ_BY.keys()
+    )
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -197,10 +214,11 @@ def test_plot_shows_the_longest_pass_and_the_fastest_block() -> None:
     assert all(r["ms_median"] == r["seq_len"] / 100 for r in rows if r["mixer"] == "vq")
 
 
-@pytest.mark.parametrize("benchmark", ["attention", "official", "decode"])
-def test_run_draws(benchmark: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words", [f"attention {HEADS}", f"official {TINY}", f"decode {TINY} --tokens 2"]
+)
+def test_run_draws(words: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "a.svg"
-    words = f"{benchmark} {TINY} --lengths 8 16 --repeats 1 --no-memory --against none --tokens 2"
-    run(f"{words} --plot {path}")
+    run(f"{words} --lengths 8 16 --repeats 1 --no-memory --against none --plot {path}")
     assert path.read_text().startswith("<?xml")

@@ -54,7 +54,12 @@ def test_a_full_round(capsys: Captured) -> None:
     assert main([*train, "--json"]) == 0
     told = last_json(capsys)
     assert (told["run"], told["steps"], told["tokens"]) == ("runs/a", 4, 4 * 2 * 16)
-    assert told["validation"]["n_bytes"] == len(load_corpus("book.txt").validation.text())
+    n_byte = len(load_corpus("book.txt").validation.text())
+    assert told["validation"]["n_bytes"] == n_byte
+    assert main([*train[:-1], "runs/b"]) == 0
+    bits = f"{told['validation']['bits_per_byte']:.4f} bits per byte"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"runs/b: step 4, {bits} on the first {n_byte} bytes of the validation split"
 
     assert main(["eval", "runs/a", "--json"]) == 0
     told = last_json(capsys)
@@ -155,14 +160,35 @@ MISTAKES = {
     "eval runs/none": "runs/none is not a folder; give a run folder",
     "eval empty": "empty has no config.json: not a run folder",
     "eval RUN --data no.txt": "no.txt does not exist",
-    "eval RUN --batch-size 0": "got batch_size=0, wanted at least 1",
-    "eval RUN --seq-len 0": "got seq_len=0, wanted at least 1",
-    "eval RUN --context 0": "got context_len=0, wanted at least 1",
+    "eval RUN --batch-size 0": "--batch-size 0, but it must be 1 or more",
+    "eval RUN --seq-len 0": "--seq-len 0, but it must be 1 or more",
+    "eval RUN --context 0": "--context 0, but it must be 1 or more",
     "sample runs/none": "runs/none is not a folder; give a run folder",
     "sample RUN --top-p 1.5": "top_p=1.5, but it must be in (0, 1]",
     "sample RUN --top-p 0": "top_p=0.0, but it must be in (0, 1]",
     "sample RUN --temperature -1": "temperature=-1.0, but it must be 0",
-    "sample RUN --tokens -1": "n_token=-1, but it must be 0 or more",
+    "sample RUN --tokens -1": "--tokens -1, but it must be 0 or more",
+    "sample RUN --tokens 0 --count 2": "--tokens 0, but it must be 1 or more",
+    "sample RUN --count -1": "--count -1, but it must be 1 or more",
+    "sample RUN --seed 36893488147419103232": "it must have 64 bits at most",
+    "report RUN --tokens -1": "--tokens -1, but it must be 0 or more",
+    "play RUN --max-tokens 0": "--max-tokens 0, but it must be 1 or more",
+    "play RUN --max-streams 0": "--max-streams 0, but it must be 1 or more",
+    "train d_model=9007199254740990": "no machine could hold a model of these sizes",
+    "train n_code=4000000000": "GB of memory; choose smaller ones",
+    "train n_layer=9007199254740990": "GB of memory; choose smaller ones",
+    "data prepare pg19 --source empty --out d vocab_size 270": "got 'vocab_size'; settings are",
+    "data verify empty extra": "got 'extra'; settings are written as key=value",
+    "data verify empty extra=3": "data verify takes no options, got extra=3",
+    "data verify empty": "empty is no prepared folder: it has no manifest.json; vqlm data prepare",
+    "adapt empty --data book.txt --out d bogus": "got 'bogus'; settings are written as key=value",
+    "adapt empty --data book.txt --out d --layers 0,x": "--layers 0,x, wanted whole numbers",
+    "import-official no.npz out bogus": "got 'bogus'; settings are written as key=value",
+    "export RUN d --shard-size 5XB": "--shard-size 5XB, wanted a number of KB, MB, GB or TB",
+    "export RUN d --shard-size 0GB": "--shard-size 0GB, wanted a number of KB, MB, GB or TB",
+    "state make book.txt --model RUN --out no/x.state": "no is no folder; make it",
+    "state make book.txt --model RUN --out empty": "empty is a folder; give the name of a file",
+    "state make book.txt --model RUN --out short.txt": "short.txt is there already; give another",
 }
 
 
@@ -199,7 +225,8 @@ def test_a_mistake_is_answered_in_one_line(
         ("eval runs/a more", "unrecognized arguments: more"),
         ("eval runs/a --split all", "invalid choice: 'all' (choose from 'train', 'validation'"),
         ("sample runs/a --tokens many", "invalid int value: 'many'"),
-        ("demo mini", "unrecognized arguments: mini"),
+        ("demo mini", "unrecognized arguments: mini (see vqlm demo --help)"),
+        ("bench model --blokcs 64", "arguments: --blokcs 64 (see vqlm bench --help)"),
     ],
 )
 def test_a_mistake_in_the_command_itself(words: str, message: str, capsys: Captured) -> None:
@@ -215,7 +242,8 @@ def test_a_mistake_in_the_command_itself(words: str, message: str, capsys: Captu
 def test_an_output_folder_that_cannot_be_made(capsys: Captured) -> None:
     command = ["train", *TINY, "--data", "book.txt", "--out", "book.txt"]
     assert main(command) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "vqlm train: error: File exists: book.txt"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "vqlm train: error: book.txt is a file; give --out a folder to make"
     assert Path("book.txt").read_bytes() == text(150)
 
 

@@ -1,5 +1,6 @@
 """Commands over prepared data, pictures, word pieces and official checkpoints, end to end."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import text
+from tiny import MODEL, text
 from torch.testing import assert_close
 
-from vqlm.checkpoint import load_medium, load_model
+from vqlm.checkpoint import Medium, load_medium, load_model, save_model
 from vqlm.cli import main
 from vqlm.convert import config_from_official, to_official
 from vqlm.data import END
@@ -99,6 +100,11 @@ def test_pictures_trained_made_and_completed(folder: Path, capsys: Captured) -> 
     ask(capsys, "train", *words, "--data", "prepared", "--out", "run")
     told = ask(capsys, "eval", "run")
     assert told["n_tokens"] == told["n_bytes"] and told["n_bytes"] % 48 == 0
+    ask(capsys, "export", "run", "exported")
+    assert load_medium("exported")[:2] == ("image", (4, 4, 3))
+    (folder / "book.txt").write_bytes(text(200))
+    assert main(["eval", "exported", "--data", "book.txt"]) == 2
+    assert "book.txt is text, and exported is a model of pictures" in capsys.readouterr().err
     told = ask(capsys, "sample", "run", "--count", "5", "--seed", "0")
     grid = np.array(image.open(told["png"]))
     assert grid.shape == (12, 8, 3)  # two columns of three
@@ -128,6 +134,86 @@ def test_a_model_of_pictures_never_draws_a_special_id(folder: Path, capsys: Capt
     assert np.array_equal(made.reshape(3, 12)[:, :5], known)
     with pytest.raises(ValueError, match="fewer than the 12 bytes"):
         sample_pictures(lm, (2, 2, 3), 1, np.zeros((1, 12), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sample run --png no/x.png", "no/x.png: no is no folder; make it, or choose another"),
+        ("sample run --png run", "run is a folder; give the name of a file in it"),
+        ("sample run --count -1", "--count -1, but it must be 1 or more"),
+        ("sample run --complete --count 0", "--count 0, but it must be 1 or more"),
+        ("sample run --prompt The", "run makes pictures; --prompt is for text"),
+        ("state make book.txt --model run", "run makes pictures; a state is of text"),
+        ("eval run --data book.txt", "book.txt is text, and run is a model of pictures"),
+    ],
+)
+def test_what_a_model_of_pictures_refuses_before_it_paints(
+    words: str, message: str, folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "run").mkdir()
+    (folder / "book.txt").write_bytes(text(200))
+    save_model(LM(MODEL), folder / "run", Medium("image", (2, 2, 3)))
+    monkeypatch.setattr(LM, "stream", lambda *_, **__: pytest.fail("painted"))
+    before = sorted(folder.rglob("*"))
+    assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_model_of_text_refuses_pictures(folder: Path, capsys: Captured) -> None:
+    pictures(folder / "photos", 5, 2)
+    ask(capsys, "data", "prepare", "pictures", "--source", "photos", "--out", "grid", "size=2")
+    assert main(["data", "prepare", "pictures", "--source", "photos", "--out", "b", "size=2"]) == 0
+    told = capsys.readouterr().out
+    assert "3 documents  " in told and "1 document   " in told
+    (folder / "run").mkdir()
+    save_model(LM(MODEL), folder / "run", Medium())
+    assert main(["eval", "run", "--data", "grid"]) == 2
+    assert "photos is pictures, and run is a model of text" in capsys.readouterr().err
+
+
+def test_a_state_goes_on_in_its_own_file_and_is_not_made_twice(
+    folder: Path, capsys: Captured
+) -> None:
+    (folder / "run").mkdir()
+    save_model(LM(MODEL), folder / "run", Medium())
+    (folder / "book.txt").write_bytes(b"state")
+    made = ask(capsys, "state", "make", "book.txt", "--model", "run", "--out", "a.kept")
+    assert main(["state", "make", "book.txt", "--model", "run", "--out", "a.kept"]) == 2
+    assert "a.kept is there already; give another --out" in capsys.readouterr().err
+    told = ask(capsys, "state", "extend", "a.kept", "--text", "book.txt", "--model", "run")
+    assert told["state"] == "a.kept" and told["n_token"] == made["n_token"] + 5
+    assert not (folder / "a.state").exists()
+
+
+def test_a_padded_model_writes_nothing_that_its_vocabulary_does_not_have() -> None:
+    from vqlm.sample import sample_pictures, sample_texts, stream_text
+
+    torch.manual_seed(0)
+    lm = LM(dataclasses.replace(MODEL, vocab_size=300)).eval()
+    with torch.no_grad():
+        lm.output.bias[259:] = 50.0
+    for seed in range(3):
+        assert len("".join(stream_text(lm, b"a", 30, seed=seed))) > 0
+        assert all(sample_texts(lm, b"a", 30, 2, seed=seed))
+    made = sample_pictures(lm, (4, 4, 3), 2, seed=0)
+    assert len(np.unique(made)) > 50
+
+
+def test_a_tokenizer_beside_a_padded_model() -> None:
+    pytest.importorskip("transformers")
+    from vqlm.hf_tokenizer import VqlmTokenizer
+
+    tokenizer = VqlmTokenizer()
+    assert tokenizer.convert_ids_to_tokens([299, 100]) == ["<unk>", "a"]
+    assert tokenizer.decode([100, 299]) == "a<unk>"
+    found = tokenizer("ab", return_special_tokens_mask=True)
+    assert found["input_ids"] == [END, 100, 101] and found["special_tokens_mask"] == [1, 0, 0]
+    both = tokenizer("a", "b", return_special_tokens_mask=True)
+    assert len(both["input_ids"]) == 4 and both["special_tokens_mask"] == [1, 0, 1, 0]
+    assert tokenizer.get_special_tokens_mask([END, 100], None, True) == [1, 0]
 
 
 OFFICIAL: dict[str, Any] = dict(

@@ -119,6 +119,12 @@ def test_rows_by_hand() -> None:
     assert summarise([]) == []
 
 
+def test_columns_are_bins_the_last_as_long_as_the_text() -> None:
+    rows = summarise([result("vq", 0, [[2.0, 1.0]], first=[1024, 8192], length=10_000)])
+    head = contest.table(rows, 10_000).splitlines()[0]
+    assert "   1024-8191   8192-9999 " in head
+
+
 def test_two_commands_in_one_folder_end_in_one_table(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,9 +174,10 @@ def test_a_stopped_contest_goes_on(
         (["seed=1"], "give it with --seeds"),
         (["mini", "demo"], "one preset at most"),
         (["stepz=1"], "did you mean 'steps'"),
-        (["--length", "100000"], "no test document has 100000 tokens"),
-        (["--length", "0"], "--length 0"),
-        (["--pieces", "0"], "--pieces 0"),
+        (["--length", "100000", "--mixers", "vq"], "no test document has 100000 tokens"),
+        (["--length", "0", "--mixers", "vq"], "--length 0"),
+        (["--pieces", "0", "--mixers", "vq"], "--pieces 0"),
+        (["--length", "100000", "--mixers", "wndow"], "did you mean 'window'"),
         (["n_layer=2", "--mixers", "window+window+vq"], "want 3 layers or more, but n_layer=2"),
     ],
 )

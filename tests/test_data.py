@@ -192,7 +192,9 @@ def test_the_fingerprint_sees_contents_names_and_borders_but_not_the_place(tmp_p
 
 def test_a_path_to_no_text_names_what_is_near(tmp_path: Path) -> None:
     write_files(tmp_path, {"enwik_mini": b"x"})
-    with pytest.raises(FileNotFoundError, match="enwik-mini does not exist.*has 'enwik_mini'"):
+    with pytest.raises(
+        FileNotFoundError, match="enwik-mini does not exist.*has 'enwik_mini'.*no --data"
+    ):
         load_corpus(tmp_path / "enwik-mini")
     with pytest.raises(FileNotFoundError, match=f"nearest folder that does is {tmp_path}\\."):
         load_corpus(tmp_path / "zzz" / "yyy")

@@ -16,6 +16,7 @@ from tiny import MODEL, text
 
 from vqlm import checkpoint, cli
 from vqlm.model import LM
+from vqlm.settings import read_settings
 
 ROOT = Path(__file__).parents[1]
 Captured = pytest.CaptureFixture[str]
@@ -105,6 +106,12 @@ def test_a_settings_file_that_is_not_there(capsys: Captured) -> None:
     assert code == 2 and "No such file or directory: none.yaml" in line
 
 
+@pytest.mark.parametrize("content", ["preset:\ndata:\nout:\nsteps: 3", "preset: ~\nout: null"])
+def test_what_a_settings_file_leaves_empty_is_not_given(content: str, folder: Path) -> None:
+    (folder / "settings.yaml").write_text(content)
+    assert read_settings(folder / "settings.yaml").arguments == {}
+
+
 def test_settings_come_from_the_file_unless_the_command_says_otherwise(folder: Path) -> None:
     (folder / "settings.yaml").write_text(
         "preset: mini\ndata: book.txt\nout: from-file\nmixers: [window, vq]\nn_layer: 2\n"
@@ -188,6 +195,7 @@ def test_reading_only_the_start_is_no_mistake() -> None:
 
 def test_env_tells_versions_and_no_paths(capsys: Captured) -> None:
     import json
+    import tomllib
 
     import torch
 
@@ -195,6 +203,11 @@ def test_env_tells_versions_and_no_paths(capsys: Captured) -> None:
     *lines, last = capsys.readouterr().out.splitlines()
     facts = json.loads(last)
     assert facts["torch"] == torch.__version__ and facts["packages"]["numpy"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    brought = [*project["dependencies"], *(each for extra in cli.EXTRAS for each in extras[extra])]
+    names = {re.split("[<>=[]", each)[0] for each in brought} - {"torch", "vqlm"}
+    assert names == facts["packages"].keys()
     assert any(line.startswith("python") and "3." in line for line in lines)
     assert str(Path.home()) not in last and "/" not in last.replace("\\/", "")
 

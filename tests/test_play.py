@@ -299,7 +299,7 @@ def test_mistakes_are_answered_in_one_line(
             ([folder, "--port", port], "give another --port, 0 takes a free one"),
             ([folder, "--port", "99999"], "port 99999, but it must be 0 (a free one) to 65535"),
             ([folder, "--host", "x" * 64 + ".example"], "127.0.0.1 is this machine"),
-            ([folder, "--max-streams", "0"], "streams=0, but it must be at least 1"),
+            ([folder, "--max-streams", "0"], "--max-streams 0, but it must be 1 or more"),
             ([str(tmp_path / "none")], "is not a folder; give a run folder"),
         ):
             assert main(["play", *words]) == 2

@@ -333,6 +333,20 @@ def test_what_is_asked_for_must_exist(tmp_path: Path) -> None:
         prepare("enwik8", tmp_path / "raw", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("pictures", "size", value) for value in ("abc", 8.0, [8], True, 0, 10**400)]
+    + [("pictures", "skip_bad", value) for value in ("maybe", 1)]
+    + [("pg19", "vocab_size", value) for value in ("none", -1)]
+    + [("pg19", "sample_bytes", value) for value in ("x", 0)],
+)
+def test_options_are_of_their_type(tmp_path: Path, name: str, option: str, value: Any) -> None:
+    wanted = "true or false" if option == "skip_bad" else "a whole number, "
+    with pytest.raises(ValueError, match=f"prepare {name}: {option}=.* wanted {wanted}"):
+        prepare(name, tmp_path, tmp_path / "out", **{option: value})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_reference_data_of_every_kind(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
     for name, folder in (("enwik8", "enwik_mini"), ("imagenet64", "imagenet64-mini")):
         prepare(name, shared_data(f"data/{folder}"), tmp_path / name)

@@ -186,7 +186,7 @@ def test_a_launcher_makes_two_that_train_and_speak_once(launcher: str, texts: Pa
     lines = (folder / "0.log").read_text().splitlines()
     (answer,) = (json.loads(line) for line in lines if line.startswith("{"))
     assert answer["steps"] == 2 and answer["tokens"] == 2 * 4 * 16
-    assert sum("first of the validation split" in line for line in lines) == 1
+    assert sum("bytes of the validation split" in line for line in lines) == 1
     assert not any("Warning" in line for line in lines)
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     assert checkpoint.load_model(out).config.n_layer == tiny.MODEL.n_layer

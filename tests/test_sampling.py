@@ -1,5 +1,6 @@
 """Choosing tokens, and generating: the same as running the whole model again for every token."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,20 @@ def test_streaming_leaves_the_callers_modes_alone(lm: LM) -> None:
     weight[lm.generate(prompt, 2)].sum().backward()  # what comes back can be used in training
 
 
+def test_two_streams_of_a_model_in_training_do_not_end_each_other_s_modes(lm: LM) -> None:
+    """With dropout, tokens of the one that goes on would be others."""
+    lm.config = dataclasses.replace(lm.config, dropout_embedding=0.5)
+    prompt = torch.tensor([[1, 2, 3]])
+    alone = [int(token) for token, _ in lm.stream(prompt, 6, temperature=0.0)]
+    first, second = (lm.stream(prompt, n, temperature=0.0) for n in (2, 6))
+    found = []
+    for token, _ in second:
+        found.append(int(token))
+        assert lm.training
+        next(first, None)
+    assert found == alone
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -114,7 +129,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 
 
 def test_an_empty_prompt_is_refused(lm: LM) -> None:
-    with pytest.raises(ValueError, match="T >= 1"):
+    with pytest.raises(ValueError, match="neither of them 0"):
         lm.generate(torch.zeros(1, 0, dtype=torch.long), 3)
 
 
@@ -151,6 +166,14 @@ def test_nucleus_agrees_with_the_official_rule(shared_data: Callable[[str], Path
         for p in ("0.5", "0.8", "0.9", "0.999"):
             want = torch.from_numpy(official[f"nucleus/keep_p{p}"]).bool()
             assert torch.equal(nucleus(probability, float(p)), want)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-300, 1e-30])
+def test_the_least_temperatures_are_greedy_and_the_greatest_even(temperature: float) -> None:
+    logits = torch.tensor([[3e38, 7.0, -torch.inf], [-2.0, -1.0, -torch.inf]])
+    assert pick(logits, temperature).tolist() == [0, 1]
+    drawn = pick(logits[1:].expand(100, -1), torch.inf, generator=torch.Generator().manual_seed(0))
+    assert drawn.unique().tolist() == [0, 1]
 
 
 def test_frequencies_follow_temperature_and_nucleus() -> None:

@@ -9,7 +9,7 @@ import tiny
 from vqlm.config import LMConfig
 from vqlm.flops import model_flops
 from vqlm.model import LM
-from vqlm.scaling import Machine, cut_traffic, shared_bytes, step_seconds, table
+from vqlm.scaling import Machine, cut_traffic, main, shared_bytes, step_seconds, table
 
 PAGE = (Path(__file__).parents[1] / "docs/scaling.md").read_text(encoding="utf-8")
 PAPER = LMConfig(
@@ -55,3 +55,27 @@ def test_a_dictionary_waits_for_the_part_before() -> None:
 def test_rows_and_tokens_must_divide() -> None:
     with pytest.raises(ValueError, match="3 rows on 2 processes"):
         step_seconds(PAPER, 1 << 16, 3, 1, 2, Machine())
+
+
+def test_words_and_options_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
+    main("predict --tokens 4096 n_layer=2 d_model=16 --ranks 1,4 n_head=2".split())
+    small = LMConfig(n_layer=2, d_model=16, n_head=2, n_code=256, window=64, block=64)
+    assert capsys.readouterr().out == table(small, 4096, [1, 4], Machine()) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("bogus", "got 'bogus'; settings are written as key=value"),
+        ("n_layers=2", "did you mean 'n_layer'"),
+        ("--ranks 1,x", "'1,x' is not numbers with commas between"),
+        ("--ranks 0", "in 0 parts; both must divide"),
+        ("--rank", "expected one argument"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", *words.split()])
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -2,6 +2,7 @@
 
 import asyncio
 import codecs
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from playground import tiny_model
+from tiny import MODEL
 from torch.testing import assert_close
 
+from vqlm.model import LM
 from vqlm.sessions import READ_TOKENS, SLICE_TOKENS, Limits, Pool, Refused, Session, Wish
 from vqlm.vocabulary import BYTES, END, N_SPECIAL, ByteVocabulary
 
@@ -21,6 +24,14 @@ GREEDY = Wish(50, temperature=0, top_p=1)
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny_model()
+
+
+def test_ids_beyond_the_vocabulary_are_never_written() -> None:
+    padded = LM(dataclasses.replace(MODEL, vocab_size=300)).eval()
+    with torch.no_grad():
+        padded.output.bias[259:] = 50.0
+    pieces = list(Session(padded).write(Wish(9, seed=0)))
+    assert sum(piece.n_token for piece in pieces) == 9 and "".join(p.text for p in pieces)
 
 
 def read(session: Session, text: bytes) -> None:

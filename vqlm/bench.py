@@ -20,7 +20,7 @@ from vqlm import (
     fidelity,
     timing,
 )
-from vqlm.config import setting_pairs
+from vqlm.settings import only_settings
 
 MEASURED = {
     "attention": bench_attention.run,
@@ -33,12 +33,39 @@ MEASURED = {
 HELP = {
     "attention": "attention alone: vq, ovq, sdpa (torch's, causal)",
     "model": "a training step of a whole model: vq, ovq, window, softmax, sdpa, llama,\n"
-    "gated-deltanet, mamba2 (all with equal parameters)",
+    "gated-deltanet, mamba2 (transformers' models have as many parameters as vq; ovq and sdpa\n"
+    "are without its relative positions and codebooks, and have up to 8% fewer)",
     "decode": "one token with many behind it: vq, ovq, window, softmax, llama, llama-static",
     "official": "our training step at the shape of the official JAX code's; one thread",
     "limit": "how fast this machine multiplies matrices (of --lengths rows) and copies memory",
     "fidelity": "error of OVQ's dictionaries against full attention",
 }
+
+_TRAINED = ("model", "official")
+_TIMED = ("attention", *_TRAINED, "decode")
+
+READ_BY: dict[str, tuple[str, ...]] = {
+    "lengths": (*_TIMED, "limit"),
+    "mixers": _TIMED,
+    "against": _TIMED,
+    "repeats": (*_TIMED, "limit"),
+    "repeats_long": ("attention", *_TRAINED),
+    "max_quadratic": ("attention", *_TRAINED),
+    "threads": (*_TIMED, "limit"),
+    "clock": (*_TIMED, "limit"),
+    "plot": _TIMED,
+    "blocks": ("attention",),
+    "forward_from": ("attention",),
+    "sizes": (*_TRAINED, "decode"),
+    "precision": _TRAINED,
+    "checkpointing": _TRAINED,
+    "stretch": _TRAINED,
+    "compile": _TRAINED,
+    "batch_size": ("decode",),
+    "tokens": ("decode",),
+    "rules": ("fidelity",),
+}
+"""Benchmarks that read an option, by its name; ``--no-memory`` is kept by all."""
 
 EPILOG = "benchmarks:\n" + "\n".join(
     f"  {name:<11}" + text.replace("\n", "\n" + " " * 13) for name, text in HELP.items()
@@ -125,8 +152,9 @@ def _add_special_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     decode = parser.add_argument_group("decode")
     decode.add_argument(
-        "--batch-size", type=int, default=1, metavar="B", help="rows decoded side by side"
-    )
+        "--batch-size", type=int, default=1, metavar="B",
+        help="rows decoded side by side (default: %(default)s)",
+    )  # fmt: skip
     decode.add_argument(
         "--tokens", type=int, default=bench_decode.TOKENS, metavar="N",
         help="decoded in one repetition (default: %(default)s)",
@@ -142,6 +170,24 @@ def _names(text: str) -> list[str]:
     return [] if text == "none" else [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _refuse_unread(args: argparse.Namespace, pairs: dict[str, str]) -> None:
+    """Raises ValueError for what was asked of a benchmark that does not read it."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, benchmarks in READ_BY.items():
+        asked = getattr(args, name) != parser.get_default(name)
+        if asked and args.benchmark not in benchmarks:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"bench {args.benchmark} does not read {option}, which is for "
+                f"{', '.join(benchmarks)}"
+            )
+    if pairs and args.benchmark in ("limit", "fidelity"):
+        raise ValueError(f"bench {args.benchmark} has no sizes to set, got {args.what[0]}")
+    if "mixers" in pairs:
+        raise ValueError("bench: mixers are what is compared; give them with --mixers")
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints a table, draws, and returns all of it.
 
@@ -149,12 +195,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: names, sizes or numbers that can't be.
         RuntimeError: what should be equal isn't; nothing was timed.
     """
-    if stray := [word for word in args.what if "=" not in word]:
-        raise ValueError(f"got {stray[0]!r}; sizes are written as key=value")
+    pairs = only_settings(args.what)
+    _refuse_unread(args, pairs)
     args.lengths = sorted({n for part in args.lengths or [] for n in part})
-    pairs = setting_pairs(args.what)
-    if pairs and args.benchmark in ("limit", "fidelity"):
-        raise ValueError(f"bench {args.benchmark} has no sizes to set, got {args.what[0]}")
     if args.benchmark == "fidelity":
         return fidelity.run(args)
     if args.repeats is not None and args.repeats < 1:

@@ -39,6 +39,12 @@ LONG = 16384
 SIZES = LMConfig(n_head=8, d_k=64, d_v=64, n_code=512, window=128, block=128)
 """Default sizes; only those of attention are read."""
 
+READ = (
+    "n_head", "n_kv_head", "d_k", "d_v", "n_code", "window", "block", "cache", "n_entry", "chunk",
+    "growth", "growth_span", "founders", "filing", "entry_rate", "entry_read",
+)  # fmt: skip
+"""Fields of ``LMConfig`` that attention alone has."""
+
 CHECKED = LMConfig(
     n_head=3, d_k=8, d_v=5, n_code=7, window=6, block=4, n_entry=7, chunk=4
 )  # fmt: skip
@@ -298,6 +304,11 @@ def run(args: argparse.Namespace, pairs: dict[str, str]) -> dict[str, Any]:
         ValueError: settings or names that don't exist.
     """
     config = override(SIZES, pairs)
+    if unread := [name for name in pairs if name not in READ]:
+        raise ValueError(
+            f"bench attention does not read {unread[0]}, which is for model, official and decode; "
+            f"its sizes are {', '.join(READ)}"
+        )
     mixers = [*(args.mixers or ["vq"]), *(PEERS if args.against is None else args.against)]
     plan = timing.Plan(
         "attention", matmul_rate, timing.CLOCKS[args.clock], args.memory,

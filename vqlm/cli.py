@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     takes_words = hasattr(args, "what") and isinstance(args.what, list)
     if words and (not takes_words or any(word.startswith("-") for word in words)):
         given = sys.argv[1:] if arguments is None else arguments
-        parser.error(f"unrecognized arguments: {' '.join(words)}{_setting_hint(words, given)}")
+        hint = _setting_hint(words, given) or f" (see {parser.prog} {args.command} --help)"
+        parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
     if words:
         args.what += words
     run: Callable[[argparse.Namespace], dict[str, Any]] = args.run
@@ -213,11 +214,15 @@ def _add_eval(commands: Any) -> None:
     evaluation.add_argument(
         "--split", choices=("train", "validation", "test"), default="test", help="default: test"
     )
-    evaluation.add_argument("--seq-len", type=int, default=512, help="tokens in one call")
+    evaluation.add_argument(
+        "--seq-len", type=int, default=512, help="tokens in one call (%(default)s)"
+    )
     evaluation.add_argument(
         "--context", type=int, help="forget everything after so many tokens; default: carry on"
     )
-    evaluation.add_argument("--batch-size", type=int, default=16, help="documents side by side")
+    evaluation.add_argument(
+        "--batch-size", type=int, default=16, help="documents side by side (%(default)s)"
+    )
     evaluation.add_argument(
         "--tasks", help="names of lm-evaluation-harness, with commas; instead of a split"
     )
@@ -236,7 +241,7 @@ def _add_sample(commands: Any) -> None:
     )  # fmt: skip
     sample.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
     sample.add_argument("--prompt", default="", help="text to continue")
-    sample.add_argument("--tokens", type=int, default=500, help="most tokens to write")
+    sample.add_argument("--tokens", type=int, default=500, help="most to write (%(default)s)")
     sample.add_argument("--count", type=int, metavar="N", help="samples side by side; default: 1")
     sample.add_argument(
         "--temperature", type=float, help="0: the most probable; default: 0.8, for pictures 1"
@@ -271,7 +276,9 @@ def _add_report(commands: Any) -> None:
         "--out", type=Path, help="folder to write to; default: RUN/report, of several runs/report"
     )
     report.add_argument("--prompt", default="", help="text that the samples continue")
-    report.add_argument("--tokens", type=int, default=400, help="tokens of a sample; 0: none")
+    report.add_argument(
+        "--tokens", type=int, default=400, help="tokens of a sample; 0: none (%(default)s)"
+    )
     report.add_argument(
         "--no-probes", action="store_true",
         help="read no validation text: quick, without attention, position and memory",
@@ -312,11 +319,7 @@ def _add_state(commands: Any) -> None:
         "  vqlm state extend BOOK.state --text MORE.txt --model RUN --out BOTH.state\n"
         "  vqlm state show BOOK.state",
     )  # fmt: skip
-    state.add_argument("action", choices=("make", "extend", "show"))
-    state.add_argument("path", type=Path, metavar="FILE", help="the text to read, or a state")
-    state.add_argument("--model", type=Path, metavar="RUN", help="run folder")
-    state.add_argument("--text", type=Path, metavar="FILE", help="extend: the text to read on")
-    state.add_argument("--out", type=Path, metavar="FILE", help="default: FILE, ending in .state")
+    commands_hf.add_state_arguments(state)
     state.set_defaults(run=commands_hf.state)
 
 
@@ -325,9 +328,7 @@ def _add_export(commands: Any) -> None:
         commands, "export", "a run as a folder of transformers, with a card",
         "  vqlm export runs/book exported             then AutoModelForCausalLM takes exported",
     )  # fmt: skip
-    export.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
-    export.add_argument("out", type=Path, metavar="DIR", help="new folder")
-    export.add_argument("--shard-size", default="5GB", help="most of one file; default: 5GB")
+    commands_hf.add_export_arguments(export)
     export.set_defaults(run=commands_hf.export)
 
 
@@ -337,11 +338,7 @@ def _add_adapt(commands: Any) -> None:
         "  vqlm adapt MODEL --data book.txt --out adapted n_entry=256 minutes=10",
         "Every field of PatchConfig (vqlm/patching.py) and AdaptConfig (vqlm/adapt.py) can be set.",
     )  # fmt: skip
-    adapt.add_argument("model", type=Path, metavar="MODEL", help="folder of the model")
-    adapt.add_argument("what", nargs="*", metavar="key=value", help="settings")
-    adapt.add_argument("--data", required=True, help="text to adapt on: a file or a folder")
-    adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
-    adapt.add_argument("--layers", metavar="0,2,...", help="layers to patch; default: all")
+    commands_hf.add_adapt_arguments(adapt)
     adapt.set_defaults(run=commands_hf.adapt)
 
 
@@ -353,6 +350,10 @@ def _add_data(commands: Any) -> None:
         "  vqlm data prepare imagenet64 --source FOLDER_OF_NPZ --out data/imagenet64\n"
         "  vqlm data prepare pictures --source FOLDER --out data/mine size=64 skip_bad=true\n"
         "  vqlm data verify data/enwik8",
+        "options, and what they are if not given:\n"
+        "  pg19        vocab_size=32000 (0: tokens are bytes), sample_bytes=1000000000: bytes of\n"
+        "              the books that the vocabulary is learned from\n"
+        "  pictures    size=64: pixels a side; skip_bad=false: true leaves out damaged files\n\n"
         "A prepared folder is then what --data of the other commands takes.",
     )  # fmt: skip
     data.add_argument("action", choices=("prepare", "verify"))
@@ -371,13 +372,8 @@ def _add_import(commands: Any) -> None:
         commands, "import-official", "take over a checkpoint of the official JAX implementation",
         "  vqlm import-official checkpoint.npz runs/official --config settings.json",
     )  # fmt: skip
-    official.add_argument("path", type=Path, help="npz of flat names, flax msgpack, orbax folder")
-    official.add_argument("out", type=Path, help="run folder to make")
-    official.add_argument(
-        "what", nargs="*", metavar="key=value", help="official settings that shapes don't tell"
-    )
-    official.add_argument("--config", type=Path, help="JSON file of the official settings")
-    official.set_defaults(run=do.import_official)
+    commands_hf.add_import_arguments(official)
+    official.set_defaults(run=commands_hf.import_official)
 
 
 def _add_studies(commands: Any) -> None:
@@ -398,7 +394,7 @@ def _add_studies(commands: Any) -> None:
         ),
         (
             "recall", recall_study, "recall tasks: train, and table accuracy by length",
-            "  vqlm recall basic --mixers softmax,window+ovq", "",
+            "  vqlm recall basic --mixers softmax,window+ovq", f"tasks:\n{_recall_tasks()}",
         ),
         (
             "contest", contest, "mixers as language models of equal size, by position in the text",
@@ -408,6 +404,14 @@ def _add_studies(commands: Any) -> None:
         parser = _command(commands, name, summary, examples, more)
         study.add_arguments(parser)
         parser.set_defaults(run=study.run)
+
+
+def _recall_tasks() -> str:
+    """A line a task, as the head of recall.py has them; nothing where docstrings are left out."""
+    from vqlm import recall
+
+    lines = (recall.__doc__ or "").splitlines()
+    return "\n".join(line[2:] for line in lines if line.startswith("    "))
 
 
 def _add_demo(commands: Any) -> None:

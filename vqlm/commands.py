@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +37,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     corpus = open_corpus(source)
     if args.resume is None and "vocab_size" not in pairs:
         model_config = dataclasses.replace(model_config, vocab_size=corpus.vocabulary.size)
+    _require_room(model_config)
     trainer = Trainer(model_config, config, corpus, source, out)
     if args.resume is not None:
         trainer.resume(lambda _: None)  # `_chosen` has told already
@@ -50,12 +50,42 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         trainer.processes.say(f"\nSaved step {progress.step}. To go on: vqlm train --resume {out}")
         return {**result, "interrupted": True, "signal": trainer.stop_signal}
     assert trainer.newest_look is not None
-    result["validation"] = trainer.newest_look[1].summary()
-    bits = result["validation"]["bits_per_byte"]
+    look = trainer.newest_look[1]
+    result["validation"] = look.summary()
     trainer.processes.say(
-        f"{out}: step {progress.step}, first of the validation split {bits:.4f} bits per byte"
+        f"{out}: step {progress.step}, {look.bits_per_byte:.4f} bits per byte on the first "
+        f"{look.n_bytes:,} bytes of the validation split"
     )
     return result
+
+
+def _require_room(config: LMConfig) -> None:
+    """Raises ValueError if this machine could not hold such a model; makes none of its numbers."""
+    import torch
+
+    from vqlm.model import LM
+    from vqlm.untrusted import machine_bytes
+
+    # Two models, of one and two times the pattern of mixers, tell the size of any depth.
+    n_layer, sizes = len(config.mixers), []
+    try:
+        for n in (n_layer, 2 * n_layer):
+            with torch.device("meta"):
+                lm = LM(dataclasses.replace(config, n_layer=n))
+                state = lm.init_state(1).bytes()
+            sizes.append(state + sum(x.nbytes for x in lm.state_dict().values()))
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        raise ValueError(
+            "no machine could hold a model of these sizes; choose smaller ones (d_model, n_code, "
+            "n_entry, window, ...)"
+        ) from error
+    n_bytes = sizes[0] + (sizes[1] - sizes[0]) * (config.n_layer - n_layer) / n_layer
+    if n_bytes > machine_bytes():
+        raise ValueError(
+            f"a model of these sizes has {n_bytes / 1e9:,.1f} GB, and this machine "
+            f"{machine_bytes() / 1e9:,.1f} GB of memory; choose smaller ones (n_layer, d_model, "
+            "n_code, n_entry, ...)"
+        )
 
 
 def _settings(args: argparse.Namespace) -> dict[str, str]:
@@ -92,6 +122,8 @@ def _chosen(
         raise ValueError(f"--resume goes on with the run as it is; leave out {extra}")
     if args.resume is None:
         model_config, config = presets.get(name or "mini")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is a file; give --out a folder to make")
         if checkpoint.newest_checkpoint(out) is not None:
             raise ValueError(f"{out} already holds a run; use --resume {out}, or another --out")
         return model_config, config, source, out
@@ -99,6 +131,14 @@ def _chosen(
     model_config = checkpoint.read_config(newest / "config.json")
     config = from_dict(TrainConfig, info["train"])
     return model_config, config, source or info["data"], args.resume
+
+
+def _require_from(least: int, **options: int | None) -> None:
+    """Raises ValueError for an option that is given and less than ``least``."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} {value}, but it must be {least} or more")
 
 
 def _warn(message: str) -> None:
@@ -109,8 +149,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """``vqlm eval``: a whole split, or tasks of lm-evaluation-harness.
 
     Raises:
-        ValueError: no such run or text, or a vocabulary that is not the model's.
+        ValueError: no such run or text, sizes below 1, or text for a model of pictures or with
+            another vocabulary, or the other way round.
     """
+    _require_from(1, seq_len=args.seq_len, batch_size=args.batch_size, context=args.context)
     if args.tasks:
         return commands_hf.evaluate_tasks(args)
     from vqlm import checkpoint, evaluate
@@ -124,6 +166,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             "warning: the text has changed since training, and so have its splits: what is "
             "measured may have been trained on",
             file=sys.stderr,
+        )
+    medium = checkpoint.load_medium(args.run_folder)
+    # A folder that says nothing may be of either: those of the official code don't.
+    if corpus.kind != medium.kind and (args.run_folder / "data.json").exists():
+        names = {"text": "text", "image": "pictures"}
+        raise ValueError(
+            f"{corpus.name} is {names[corpus.kind]}, and {args.run_folder} is a model of "
+            f"{names.get(medium.kind, medium.kind)}; give --data of its kind"
         )
     if corpus.vocabulary.size > model.config.vocab_size:
         raise ValueError(
@@ -168,14 +218,18 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
     """``vqlm sample``: text to the terminal, pictures to a file.
 
     Raises:
-        ValueError: an option for pictures and a model of text, or the other way round.
+        ValueError: numbers that are too small, a picture that can't be written there, or an option
+            for pictures and a model of text, or the other way round.
     """
     from vqlm.checkpoint import load_medium, load_model
 
+    _require_from(1, count=args.count)
+    _require_from(0 if args.count is None else 1, tokens=args.tokens)
     model, medium = load_model(args.run_folder), load_medium(args.run_folder)
-    if medium.kind == "image" and args.state:
-        raise ValueError(f"{args.run_folder} makes pictures; --state is for text")
     if medium.kind == "image":
+        if args.state or args.prompt:
+            option = "--state" if args.state else "--prompt"
+            raise ValueError(f"{args.run_folder} makes pictures; {option} is for text")
         return _sample_pictures(args, model, medium)
     if args.png or args.complete:
         raise ValueError(f"{args.run_folder} writes text; --png and --complete are for pictures")
@@ -214,8 +268,11 @@ def _sample_pictures(args: argparse.Namespace, model: LM, medium: Medium) -> dic
     from tqdm import tqdm
 
     from vqlm.pictures import save_png, to_grid
+    from vqlm.prepared import require_place
     from vqlm.sample import sample_pictures
 
+    path = args.png or args.run_folder / "samples.png"
+    require_place(path)
     assert medium.picture_shape is not None
     height, width, channels = medium.picture_shape
     count = 4 if args.count is None else args.count
@@ -224,7 +281,6 @@ def _sample_pictures(args: argparse.Namespace, model: LM, medium: Medium) -> dic
         given = _test_pictures(args, medium, count)
         count = len(given)
         known = given.reshape(count, -1)[:, : height // 2 * width * channels]
-    path = args.png or args.run_folder / "samples.png"
     with tqdm(total=1.0, disable=None, bar_format="{percentage:3.0f}% |{bar}| {remaining}") as bar:
 
         def show(done: int, total: int) -> None:
@@ -273,8 +329,12 @@ def data(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: --source or --out is missing, or what they name can't be used.
     """
     from vqlm import download, prepare, prepared
+    from vqlm.settings import only_settings
 
+    pairs = only_settings(args.what)
     if args.action == "verify":
+        if pairs:
+            raise ValueError(f"data verify takes no options, got {args.what[0]}")
         n_bytes = prepared.verify(Path(args.name))
         print(f"{args.name}: all {n_bytes:,} bytes are as they were written")
         return {"folder": args.name, "n_bytes": n_bytes}
@@ -282,54 +342,17 @@ def data(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("prepare needs --source (a file or folder) and --out (a new folder)")
     prepared.refuse_occupied(args.out)
     source = download.download(args.name, args.source) if args.download else args.source
-    options = {name: _value(text) for name, text in setting_pairs(args.what).items()}
+    options = {name: commands_hf.as_json(text) for name, text in pairs.items()}
     result = prepare.prepare(args.name, source, args.out, **options)
     for split, facts in result["splits"].items():
         words = f", {facts['n_words']:,} words" if facts.get("n_words") else ""
+        documents = "document " if facts["n_documents"] == 1 else "documents"
         print(
-            f"{split:<11}{facts['n_documents']:>11,} documents {facts['n_tokens']:>15,} tokens "
+            f"{split:<11}{facts['n_documents']:>11,} {documents} {facts['n_tokens']:>15,} tokens "
             f"{facts['n_bytes']:>15,} bytes{words}"
         )
     print(f"{args.out} is ready: vqlm train PRESET --data {args.out}")
     return result
-
-
-def _value(text: str) -> Any:
-    """An option's value: a JSON number or truth value, or else the text itself."""
-    try:
-        return json.loads(text.lower())
-    except ValueError:
-        return text
-
-
-def import_official(args: argparse.Namespace) -> dict[str, Any]:
-    """``vqlm import-official``: a run folder that eval and sample can read.
-
-    Raises:
-        ValueError: a checkpoint or settings that fit no official model, or an occupied folder.
-    """
-    from vqlm import checkpoint, convert, untrusted
-    from vqlm.official_files import read_official
-    from vqlm.prepared import refuse_occupied
-
-    refuse_occupied(args.out)
-    params = read_official(args.path)
-    settings = convert.infer_settings(params)
-    told: dict[str, Any] = {}
-    if args.config is not None:
-        told = untrusted.read_json(args.config)
-    told |= {name: _value(text) for name, text in setting_pairs(args.what).items()}
-    for name, value in settings.items():
-        if name in told and told[name] != value:
-            raise ValueError(
-                f"{name}={told[name]!r} was given, but the parameters' shapes say {value!r}"
-            )
-    lm = convert.from_official(params, told | settings)
-    args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_model(lm, args.out)
-    n_parameter = sum(p.numel() for p in lm.parameters())
-    print(f"{args.out}: {lm.config.n_layer} layers, {n_parameter:,} parameters")
-    return {"run": str(args.out), "parameters": n_parameter}
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
@@ -340,9 +363,14 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """``vqlm report``."""
+    """``vqlm report``.
+
+    Raises:
+        ValueError: no such runs, or fewer tokens than none.
+    """
     from vqlm.report import write_report
 
+    _require_from(0, tokens=args.tokens)
     folders = args.run_folders
     out = args.out or (folders[0] / "report" if len(folders) == 1 else Path("runs/report"))
     result = write_report(
@@ -358,12 +386,16 @@ def play(args: argparse.Namespace) -> dict[str, Any]:
     """``vqlm play``: until Ctrl-C.
 
     Raises:
-        ValueError: a model of pictures, which has no page.
+        ValueError: limits below 1, or a model of pictures, which has no page.
     """
     from vqlm.checkpoint import load_medium, load_model
     from vqlm.play import GROWING_POSITION, Playground, serve
     from vqlm.sessions import Limits
 
+    _require_from(
+        1, max_tokens=args.max_tokens, max_position=args.max_position,
+        max_sessions=args.max_sessions, max_streams=args.max_streams,
+    )  # fmt: skip
     model, medium = load_model(args.run_folder), load_medium(args.run_folder)
     if medium.kind == "image":
         raise ValueError(f"{args.run_folder} makes pictures; see vqlm sample {args.run_folder}")

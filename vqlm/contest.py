@@ -198,18 +198,20 @@ SHOWN = (1024, 8192, 32768)
 """Positions, first of their bins, that the table has."""
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line a pattern."""
-    shown = [p for p in SHOWN if rows and p in rows[0]["first"]]
+def table(rows: Sequence[dict[str, Any]], length: int) -> str:
+    """A line a pattern, of one or more; ``length``: tokens of a piece, where the last bin ends."""
+    first = rows[0]["first"]
+    last = {p: end - 1 for p, end in zip(first, [*first[1:], length], strict=True)}
+    shown = [p for p in SHOWN if p in last]
     lines = [
         f"{'mixers':>16} seeds parameters bits/byte  spread  to first"
-        + "".join(f"{f'from {p}':>12}" for p in shown)
+        + "".join(f"{f'{p}-{last[p]}':>12}" for p in shown)
         + "   state KB minutes tokens/s"
     ]
     for row in rows:
         spread = "-" if row["spread"] is None else f"{row['spread']:.4f}"
         difference = "-" if row["difference"] is None else f"{row['difference']:+.2f} %"
-        at = [row["by_position"][row["first"].index(p)] for p in shown]
+        at = [row["by_position"][first.index(p)] for p in shown]
         lines.append(
             f"{row['mixers']:>16} {len(row['seeds']):5} {row['parameters']:10,} "
             f"{row['bits_per_byte']:9.4f} {spread:>7} {difference:>9}"
@@ -271,8 +273,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pieces", type=int, default=6, metavar="N", help="how many (default: %(default)s)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/contest"), help="folder of all results"
-    )
+        "--out", type=Path, default=Path("runs/contest"), metavar="DIR",
+        help="folder of all results (default: %(default)s)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -290,11 +293,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, train = override_all(pairs, *presets.get(preset))
     source = str(Path(args.data).expanduser().absolute()) if args.data else None
     corpus = open_corpus(source)
-    _pieces(corpus.test, args.length, args.pieces)  # a mistake should come before the training
     if "vocab_size" not in pairs:
         model = dataclasses.replace(model, vocab_size=corpus.vocabulary.size)
     patterns = [part.strip() for part in args.mixers.split(",") if part.strip()]
     todo, finished = cells(patterns, args.seeds, (model, train)), 0
+    _pieces(corpus.test, args.length, args.pieces)  # a mistake should come before the training
     for number, cell in enumerate(todo, start=1):
         print(f"[{number}/{len(todo)}] {cell.name}", file=sys.stderr, flush=True)
         if run_cell(cell, corpus, source, args.out, args.length, args.pieces) is None:
@@ -306,7 +309,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     facts |= {"steps": train.steps, "length": args.length, "out": str(args.out), "rows": rows}
     if rows:
         throughput.write_json(args.out / "results.json", facts)
-        print(table(rows))
+        print(table(rows, args.length))
         setting = " ".join([preset, *(f"{name}={text}" for name, text in pairs.items())])
         title = f"Loss by position: {setting}\non {corpus.name}, {train.steps} steps"
         plot(rows, title, args.out / "results.png")

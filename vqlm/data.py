@@ -169,7 +169,7 @@ def _load_file(path: Path) -> Corpus:
     if n < 20:
         raise ValueError(
             f"load_corpus: {path} has {n} bytes, wanted at least 20 to split it 90/5/5; "
-            "give a longer file, or None for the Python standard library's source"
+            "give a longer file, or None (no --data) for the Python standard library's source"
         )
     parts = np.split(text, [n * 90 // 100, n * 95 // 100])
     return _corpus(path.name, *(Split.from_documents([part], [path.name]) for part in parts))
@@ -254,7 +254,7 @@ def _describe_missing(path: Path) -> str:
     hint = f", which has {' and '.join(map(repr, similar))}" if similar else ""
     return (
         f"load_corpus: {path} does not exist; the nearest folder that does is {folder}{hint}. "
-        "Give a file, a folder, or None for the Python standard library's source"
+        "Give a file, a folder, or None (no --data) for the Python standard library's source"
     )
 
 

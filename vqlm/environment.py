@@ -13,8 +13,8 @@ from vqlm import __version__
 
 PACKAGES = (
     "numpy", "einops", "jaxtyping", "safetensors", "accelerate", "lion-pytorch", "tensorboard",
-    "tqdm", "pyyaml", "shtab", "matplotlib", "jinja2", "pillow", "sentencepiece", "flax",
-    "starlette", "uvicorn",
+    "tqdm", "pyyaml", "shtab", "filelock", "matplotlib", "jinja2", "pillow", "sentencepiece",
+    "flax", "msgpack", "orbax-checkpoint", "starlette", "uvicorn", "transformers", "lm-eval",
 )  # fmt: skip
 """Whose versions are told: what is needed, and what the extras bring."""
 

@@ -65,7 +65,7 @@ class _Norm(torch.autograd.Function):
 def norm(
     x: Float[Tensor, "... D"], gain: Float[Tensor, " D"], bias: Float[Tensor, " D"]
 ) -> Float[Tensor, "... D"]:
-    """gain * x / sqrt(mean(x^2) + EPSILON) + bias, computed in at least float32, as ``x`` is given."""
+    """gain * x / sqrt(mean(x^2) + EPSILON) + bias, in at least float32; of the dtype of ``x``."""
     return _Norm.apply(x, gain, bias)
 
 

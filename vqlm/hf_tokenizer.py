@@ -77,7 +77,8 @@ class VqlmTokenizer(PreTrainedTokenizer):
         return self._ids.get(token, UNKNOWN)
 
     def _convert_id_to_token(self, index: int) -> str:
-        return self._names[index]
+        # A padded model has more ids.
+        return self._names[index] if index < len(self._names) else _SPECIAL[UNKNOWN]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text; bytes that are no UTF-8 become U+FFFD."""
@@ -94,6 +95,19 @@ class VqlmTokenizer(PreTrainedTokenizer):
         """The start symbol before each sequence."""
         second = [] if token_ids_1 is None else [END, *token_ids_1]
         return [END, *token_ids_0, *second]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """1 for each special id of ``build_inputs_with_special_tokens``, 0 for each of a text."""
+        if already_has_special_tokens:
+            mask: list[int] = super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
+            return mask
+        second = [] if token_ids_1 is None else [1, *[0] * len(token_ids_1)]
+        return [1, *[0] * len(token_ids_0), *second]
 
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None

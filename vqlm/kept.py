@@ -49,6 +49,19 @@ class Kept(Generic[Made]):
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it, the model is in evaluation mode; then as it was."""
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+@contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Within it, what is made of parameters alone (position biases, codes) is made once, not in
     every call without gradient: most of what decoding a token does beside its products.

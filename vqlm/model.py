@@ -17,7 +17,7 @@ from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import LMConfig
 from vqlm.flops import model_flops
 from vqlm.fused import normalised
-from vqlm.kept import frozen
+from vqlm.kept import evaluating, frozen
 from vqlm.layers import Before, Norm, Projected, ShortConvolution, SwiGLU, drop, sinusoid
 from vqlm.loss import IGNORED, summed_cross_entropy
 from vqlm.outputs import LMOutput, LMState, MixerState, Objective, Scored
@@ -408,23 +408,20 @@ class LM(nn.Module):
         Raises:
             ValueError: an empty prompt, or settings that ``sampling.pick`` refuses.
         """
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             out = self(prompt, state, mask=mask)
-            logits = out.logits[:, -1] if mask is None else _last_real(out.logits, mask)
-            token = prompt[:, -1]
-            with frozen(self):
-                for index in range(n_token):
-                    if index > 0:
+        logits = out.logits[:, -1] if mask is None else _last_real(out.logits, mask)
+        token = prompt[:, -1]
+        with frozen(self):
+            for index in range(n_token):
+                if index > 0:
+                    with evaluating(self):
                         out = self(token[:, None], out.state)
-                        logits = out.logits[:, -1]
-                    if forbidden is not None:
-                        logits = logits.masked_fill(forbidden, -torch.inf)
-                    token = pick(logits, temperature, top_p, generator)
-                    yield token, out.state
-        finally:
-            self.train(was_training)
+                    logits = out.logits[:, -1]
+                if forbidden is not None:
+                    logits = logits.masked_fill(forbidden, -torch.inf)
+                token = pick(logits, temperature, top_p, generator)
+                yield token, out.state
 
     def generate(
         self, prompt: Int[Tensor, "B T"], n_token: int, **settings: Any

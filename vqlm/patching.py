@@ -94,7 +94,7 @@ def _split_heads(x: Tensor, width: int) -> Float[Tensor, "B H T W"]:
 
 
 def _project_rotary(layer: Any, x: Tensor, positions: Any) -> _Heads:
-    """Llama, Mistral, Qwen2, Qwen3: separate projections, norms of heads if any, rotary if given."""
+    """Llama, Qwen and their like: separate projections; norms and rotary if there are any."""
     query, key, value = (
         _split_heads(projection(x), layer.head_dim)
         for projection in (layer.q_proj, layer.k_proj, layer.v_proj)

@@ -23,7 +23,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from jaxtyping import UInt8
 
-from vqlm.config import require_known
+from vqlm.config import MOST, require_known
 from vqlm.pictures import load_picture
 from vqlm.prepared import SPLITS, PreparedWriter, SplitName, refuse_occupied
 from vqlm.vocabulary import BYTES, N_SPECIAL, Vocabulary, train_sentencepiece
@@ -62,16 +62,17 @@ def prepare(name: str, source: str | Path, out: str | Path, **options: Any) -> d
     Raises ValueError for an unknown name or option, a source that is not as above, or one that
     changed meanwhile; OSError for too little disk or what cannot be read.  Then nothing is written.
     """
-    makers: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = {
-        "enwik8": (_enwik8, ()),
-        "pg19": (_pg19, ("vocab_size", "sample_bytes")),
-        "imagenet64": (_imagenet64, ()),
-        "pictures": (_pictures, ("size", "skip_bad")),
+    makers: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, int | None]]] = {
+        "enwik8": (_enwik8, {}),
+        "pg19": (_pg19, {"vocab_size": 0, "sample_bytes": 1}),
+        "imagenet64": (_imagenet64, {}),
+        "pictures": (_pictures, {"size": 1, "skip_bad": None}),
     }
     require_known("data set", name, makers)
     make, known = makers[name]
-    for option in options:
+    for option, value in options.items():
         require_known(f"option of {name}", option, known)
+        _require_option(f"prepare {name}: {option}", value, known[option])
     path, folder = Path(source).expanduser(), Path(out).expanduser()
     wants_file = name == "enwik8"
     if not (path.is_file() if wants_file else path.is_dir()):
@@ -81,6 +82,14 @@ def prepare(name: str, source: str | Path, out: str | Path, **options: Any) -> d
     refuse_occupied(folder)
     manifest = make(path, folder, **options)
     return {"folder": str(folder)} | {k: v for k, v in manifest.items() if k != "files"}
+
+
+def _require_option(what: str, value: object, least: int | None) -> None:
+    """Nothing, if it is a number from `least` on; None: a truth value.  A text would be true."""
+    if least is None and type(value) is not bool:
+        raise ValueError(f"{what}={value!r}, wanted true or false")
+    if least is not None and not (type(value) is int and least <= value <= MOST):
+        raise ValueError(f"{what}={value!r}, wanted a whole number, {least} or more")
 
 
 class _Sources:

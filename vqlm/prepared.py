@@ -57,8 +57,13 @@ def open_corpus(source: str | Path | None) -> Corpus:
 def verify(folder: Path) -> int:
     """Reads every file of a prepared folder and compares its sha256; returns the bytes read.
 
-    Raises ValueError naming the first damaged file, and what `open_corpus` raises.
+    Raises ValueError naming the first damaged file, FileNotFoundError where no prepared folder is,
+    and what `open_corpus` raises.
     """
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{folder} is no prepared folder: it has no {MANIFEST}; vqlm data prepare makes one"
+        )
     _open(folder)
     total = 0
     for name, facts in _read_manifest(folder)["files"].items():
@@ -382,6 +387,14 @@ def refuse_occupied(folder: Path) -> None:
         raise ValueError(f"{folder} is a file or a link; choose a folder that does not exist")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another, or remove it first")
+
+
+def require_place(file: Path) -> None:
+    """Raises ValueError unless `file` is one, or could be made, in a folder that is there."""
+    if not file.parent.is_dir():
+        raise ValueError(f"{file}: {file.parent} is no folder; make it, or choose another")
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; give the name of a file in it")
 
 
 def _lock_or_refuse(file: IO[bytes], partial: Path) -> None:

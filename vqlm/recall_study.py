@@ -305,7 +305,7 @@ def _alike(folder: Path, cell: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ``run`` reads."""
-    parser.add_argument("task", choices=[*recall.TASKS, "needle"], help="see vqlm/recall.py")
+    parser.add_argument("task", choices=[*recall.TASKS, "needle"], help="see below")
     parser.add_argument(
         "what", nargs="*", metavar="key=value", help="settings of LMConfig, such as filing=merge"
     )
@@ -319,7 +319,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train with each of these: founders, growth, entry_rate, filing, entry_read, ...",
     )  # fmt: skip
     parser.add_argument(
-        "--shares", type=timing.fractions, default=[0.25], metavar="X,Y,...", help="default: 0.25"
+        "--shares",
+        type=timing.fractions,
+        default=[0.25],
+        metavar="X,Y,...",
+        help="entries N of ovq as a share of the tokens of a context (default: 0.25)",
     )
     parser.add_argument(
         "--seeds", type=timing.numbers, default=[0], metavar="0,1,...", help="default: 0"
@@ -335,7 +339,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lengths to ask at, in that of the training (default: 1,2,4,8)",
     )  # fmt: skip
     parser.add_argument("--data", help="text for needle; default: Python's standard library")
-    parser.add_argument("--out", type=Path, default=Path("runs/recall"), help="folder of results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/recall"), help="folder of results (%(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

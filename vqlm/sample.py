@@ -32,14 +32,15 @@ def stream_text(
     Ends early where the model ends the document.  Bytes that are no UTF-8 become U+FFFD.
 
     Raises:
-        ValueError: a negative ``n_token``, or settings that ``sampling.pick`` refuses.
+        ValueError: a negative ``n_token``, no seed of 64 bits, or settings that ``sampling.pick``
+            refuses.
     """
     if n_token < 0:
         raise ValueError(f"n_token={n_token}, but it must be 0 or more")
     rows, state = _begin(model, [prompt], vocabulary, prefix)
     tokens = model.stream(
         rows, n_token, temperature=temperature, top_p=top_p, generator=_generator(model, seed),
-        state=state,
+        state=state, forbidden=_without_meaning(model, vocabulary),
     )  # fmt: skip
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token, _ in tokens:
@@ -68,14 +69,15 @@ def sample_texts(
     ``stream_text`` otherwise.
 
     Raises:
-        ValueError: a number that is too small, or settings that ``sampling.pick`` refuses.
+        ValueError: a number that is too small, no seed of 64 bits, or settings that
+            ``sampling.pick`` refuses.
     """
     if n_token < 1 or count < 1:
         raise ValueError(f"n_token={n_token} and count={count}, but both must be at least 1")
     rows, state = _begin(model, [prompt] * count, vocabulary, prefix)
     tokens = model.stream(
         rows, n_token, temperature=temperature, top_p=top_p, generator=_generator(model, seed),
-        state=state,
+        state=state, forbidden=_without_meaning(model, vocabulary),
     )  # fmt: skip
     drawn = torch.stack([token for token, _ in tokens], 1).tolist()
     cut = [row[: row.index(END)] if END in row else row for row in drawn]
@@ -112,10 +114,11 @@ def sample_pictures(
             f"1 and fewer than the {size} bytes of a picture"
         )
     rows = _prompt(model, [row.tobytes() for row in known], BYTES)
-    special = torch.arange(model.config.vocab_size, device=rows.device) < N_SPECIAL
+    never = _without_meaning(model, BYTES)
+    never[:N_SPECIAL] = True
     tokens = model.stream(
         rows, size - known.shape[1], temperature=temperature, top_p=top_p,
-        generator=_generator(model, seed), forbidden=special,
+        generator=_generator(model, seed), forbidden=never,
     )  # fmt: skip
     made = []
     for token, _ in tokens:
@@ -143,10 +146,18 @@ def _prompt(model: LM, prompts: list[bytes], vocabulary: Vocabulary) -> Tensor:
     return torch.tensor(ids, device=device)
 
 
+def _without_meaning(model: LM, vocabulary: Vocabulary) -> Tensor:
+    """[N] the ids that a padded model can draw and ``vocabulary`` can't read."""
+    device = next(model.parameters()).device
+    return torch.arange(model.config.vocab_size, device=device) >= vocabulary.size
+
+
 def _generator(model: LM, seed: int | None) -> torch.Generator:
     generator = torch.Generator(next(model.parameters()).device)
     if seed is None:
         generator.seed()
-    else:
+    elif -(2**63) <= seed < 2**64:
         generator.manual_seed(seed)
+    else:
+        raise ValueError(f"seed={seed}, but it must have 64 bits at most; choose a smaller one")
     return generator

@@ -39,7 +39,12 @@ def pick(
         raise ValueError(f"top_p={top_p}, but it must be in (0, 1]; 1 keeps every token")
     if temperature == 0:
         return logits.argmax(-1)
-    probability = (logits.float() / temperature).softmax(-1)
+    # The largest is 0 before it is divided: the least temperature makes it no infinity, and one
+    # that float32 rounds to 0 no 0 / 0.
+    logits = logits.float()
+    limits = torch.finfo(torch.float32)
+    divisor = min(max(temperature, limits.tiny), limits.max)
+    probability = ((logits - logits.amax(-1, keepdim=True)) / divisor).softmax(-1)
     if top_p < 1:
         probability = probability * nucleus(probability, top_p)
     return torch.multinomial(probability, 1, generator=generator)[:, 0]

@@ -1,7 +1,7 @@
 """What a training on many processes sends and how long its steps take: a model, and its constants.
 
     torchrun --nproc-per-node 4 -m vqlm.scaling measure             constants here, model and clock
-    python -m vqlm.scaling predict --ranks 1,8,64,1024              the model, for other machines
+    python -m vqlm.scaling predict --ranks 1,8,64,1024 n_layer=24   the model, for other machines
 
 Bytes are exact, counted as ``sequence_parallel.Cut.sent`` counts them.  Seconds are an estimate:
 
@@ -19,16 +19,19 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from vqlm.config import LMConfig, override, setting_pairs
+from vqlm import timing
+from vqlm.config import LMConfig, override
 from vqlm.flops import model_flops
 from vqlm.model import LM
 from vqlm.sequence_parallel import Cut
+from vqlm.settings import only_settings
 
 MODEL = LMConfig(n_layer=4, d_model=256, n_head=4, n_code=256, window=64, block=64)
 """What ``measure`` trains, if it is told nothing else."""
@@ -142,7 +145,7 @@ def step_seconds(
     Raises:
         ValueError: rows or tokens that don't divide.
     """
-    if batch_size % data or seq_len % parts:
+    if min(data, parts) < 1 or batch_size % data or seq_len % parts:
         raise ValueError(
             f"scaling: {batch_size} rows on {data} processes, {seq_len} tokens in {parts} parts; "
             "both must divide"
@@ -226,22 +229,41 @@ def table(config: LMConfig, tokens: int, ranks: list[int], machine: Machine) -> 
     return "\n".join(lines)
 
 
-def main() -> None:
+_CONSTANTS = {
+    "speed": "floating-point operations a second of one process",
+    "latency": "seconds that a message of no length takes",
+    "bandwidth": "bytes a second that a process sends",
+    "width": "bytes of a number in states and gradients",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m vqlm.scaling``; see the top of this file."""
     parser = argparse.ArgumentParser(prog="vqlm.scaling", description="cost of many processes")
     parser.add_argument("action", choices=("measure", "predict"))
     parser.add_argument("what", nargs="*", metavar="key=value", help="settings of the model")
-    parser.add_argument("--tokens", type=int, help="of the sequence; default: 4096, 1048576")
-    parser.add_argument("--ranks", default="1,2,4,8,16,64,256,1024")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N",
+        help="of the sequence (default: measure 4096, predict 1048576)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ranks", type=timing.numbers, default="1,2,4,8,16,64,256,1024", metavar="N,N,...",
+        help="predict: numbers of processes (default: %(default)s)",
+    )  # fmt: skip
     for field in dataclasses.fields(Machine):
-        parser.add_argument(f"--{field.name}", type=float, default=field.default)
-    args = parser.parse_args()
-    config = override(MODEL, setting_pairs(args.what))
-    if args.action == "predict":
-        machine = Machine(args.speed, args.latency, args.bandwidth, int(args.width))
-        ranks = [int(x) for x in args.ranks.split(",")]
-        print(table(config, args.tokens or 1 << 20, ranks, machine))
-        return
+        parser.add_argument(
+            f"--{field.name}", type=type(field.default), default=field.default, metavar="N",
+            help=f"predict: {_CONSTANTS[field.name]} (default: {field.default:g})",
+        )  # fmt: skip
+    args = parser.parse_intermixed_args(arguments)  # words may stand anywhere
+    try:
+        config = override(MODEL, only_settings(args.what))
+        if args.action == "predict":
+            machine = Machine(args.speed, args.latency, args.bandwidth, args.width)
+            print(table(config, args.tokens or 1 << 20, args.ranks, machine))
+            return
+    except ValueError as error:
+        parser.error(str(error))
     dist.init_process_group("gloo")
     found = measure(config, args.tokens or 4096)
     if dist.get_rank() == 0:

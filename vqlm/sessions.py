@@ -153,7 +153,8 @@ class Session:
         generator = torch.Generator(self._device())
         generator.manual_seed(secrets.randbits(63) if wish.seed is None else wish.seed)
         never = [PAD, UNKNOWN] if wish.may_end else [PAD, UNKNOWN, END]
-        forbidden = torch.zeros(self._model.config.vocab_size, dtype=torch.bool)
+        # A padded model could draw ids that the vocabulary does not have.
+        forbidden = torch.arange(self._model.config.vocab_size) >= self._vocabulary.size
         forbidden[never] = True
         stream = self._model.stream(
             self._row(self._unread), wish.n_token,

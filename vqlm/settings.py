@@ -1,11 +1,12 @@
-"""Settings from a YAML file: flat, typed as ``key=value`` of the command line, never evaluated."""
+"""Settings: words of a command line, or a flat YAML file of the same, which is never evaluated."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqlm.config import LMConfig, TrainConfig, override_all, require_known
+from vqlm.config import LMConfig, TrainConfig, override_all, require_known, setting_pairs
 from vqlm.untrusted import read_bytes
 
 MOST_BYTES = 1 << 20
@@ -24,8 +25,22 @@ class Settings(NamedTuple):
     """Settings as ``override`` takes them, by name."""
 
 
+def only_settings(words: Iterable[str]) -> dict[str, str]:
+    """``setting_pairs`` of a command that takes no other words.
+
+    Raises:
+        ValueError: a word without "=".
+    """
+    words = list(words)
+    if stray := [word for word in words if "=" not in word]:
+        raise ValueError(f"got {stray[0]!r}; settings are written as key=value")
+    return setting_pairs(words)
+
+
 def read_settings(path: Path) -> Settings:
     """Reads ``{preset: mini, data: book.txt, n_layer: 6, mixers: [window, vq]}`` and the like.
+
+    A preset, data or out that is empty, as in ``out:``, is not given.
 
     Raises:
         OSError: a file that cannot be read.
@@ -45,6 +60,8 @@ def read_settings(path: Path) -> Settings:
     arguments: dict[str, str] = {}
     pairs: dict[str, str] = {}
     for name, value in found.items():
+        if name in ARGUMENTS and value is None:
+            continue
         kind = arguments if name in ARGUMENTS else pairs
         kind[str(name)] = _as_text(path, str(name), value)
     names = [*ARGUMENTS, *LMConfig.__dataclass_fields__, *TrainConfig.__dataclass_fields__]
