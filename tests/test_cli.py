@@ -1,5 +1,6 @@
 """The command line: a full round, and the commonest mistakes, each answered in one line."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from tiny import text
 from vqlm import presets
 from vqlm.checkpoint import complete_checkpoints, load_model
 from vqlm.cli import main
+from vqlm.config import LMConfig, TrainConfig, override_all
 from vqlm.data import load_corpus
 from vqlm.evaluate import evaluate
+from vqlm.settings import read_settings
 
 TINY = (
     "n_layer=1 d_model=16 n_head=2 d_k=8 d_v=8 d_ff=24 n_code=8 window=8 block=8 "
@@ -289,3 +292,24 @@ def test_python_m_vqlm_is_the_command() -> None:
     run = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("vqlm eval: error: nowhere is not a folder")
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_settings_tell_what_a_preset_is_as_a_file_that_train_reads(
+    name: str, capsys: Captured, tmp_path: Path
+) -> None:
+    assert main(["settings", name, "seed=7", "n_entry=99"]) == 0
+    told = capsys.readouterr().out
+    fields = [f.name for config in (LMConfig, TrainConfig) for f in dataclasses.fields(config)]
+    lines = told.splitlines()
+    for field in fields:
+        (line,) = (
+            i for i, text in enumerate(lines) if text.removeprefix("# ").startswith(f"{field}: ")
+        )
+        assert lines[line - 1].startswith("# ")
+    (tmp_path / "my.yaml").write_text(told)
+    arguments, pairs = read_settings(tmp_path / "my.yaml")
+    assert arguments == {"preset": name}
+    model, train = presets.get(name)
+    wanted = [dataclasses.replace(model, n_entry=99), dataclasses.replace(train, seed=7)]
+    assert override_all(pairs, LMConfig(), TrainConfig()) == wanted

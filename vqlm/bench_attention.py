@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vqlm import ovq, reference, timing, vq
+from vqlm import fidelity, ovq, reference, timing, vq
 from vqlm.bench_limit import matmul_rate, summary
 from vqlm.codebook import Codebook
 from vqlm.config import LMConfig, from_dict, override, require_known
@@ -39,10 +39,7 @@ LONG = 16384
 SIZES = LMConfig(n_head=8, d_k=64, d_v=64, n_code=512, window=128, block=128)
 """Default sizes; only those of attention are read."""
 
-READ = (
-    "n_head", "n_kv_head", "d_k", "d_v", "n_code", "window", "block", "cache", "n_entry", "chunk",
-    "growth", "growth_span", "founders", "filing", "entry_rate", "entry_read",
-)  # fmt: skip
+READ = (*fidelity.READ, "n_code", "window", "block", "cache")
 """Fields of ``LMConfig`` that attention alone has."""
 
 CHECKED = LMConfig(

@@ -154,7 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _add_train, _add_eval, _add_sample, _add_state, _add_report, _add_play, _add_data,
-        _add_export, _add_adapt, _add_import, _add_studies, _add_demo, _add_env, _add_completion,
+        _add_export, _add_adapt, _add_import, _add_studies, _add_demo, _add_settings, _add_env,
+        _add_completion,
     ):  # fmt: skip
         add(commands)
     for command in commands.choices.values():
@@ -394,7 +395,7 @@ def _add_studies(commands: Any) -> None:
         ),
         (
             "recall", recall_study, "recall tasks: train, and table accuracy by length",
-            "  vqlm recall basic --mixers softmax,window+ovq", f"tasks:\n{_recall_tasks()}",
+            "  vqlm recall basic --mixers softmax,window+ovq", f"tasks:\n{recall_study.tasks()}",
         ),
         (
             "contest", contest, "mixers as language models of equal size, by position in the text",
@@ -404,14 +405,6 @@ def _add_studies(commands: Any) -> None:
         parser = _command(commands, name, summary, examples, more)
         study.add_arguments(parser)
         parser.set_defaults(run=study.run)
-
-
-def _recall_tasks() -> str:
-    """A line a task, as the head of recall.py has them; nothing where docstrings are left out."""
-    from vqlm import recall
-
-    lines = (recall.__doc__ or "").splitlines()
-    return "\n".join(line[2:] for line in lines if line.startswith("    "))
 
 
 def _add_demo(commands: Any) -> None:
@@ -427,6 +420,15 @@ def _add_env(commands: Any) -> None:
         commands, "env", "versions and devices, for a report of a problem", "  vqlm env --json"
     )
     env.set_defaults(run=do.env)
+
+
+def _add_settings(commands: Any) -> None:
+    settings = _command(
+        commands, "settings", "what a preset sets and what each setting means, as a YAML file",
+        "  vqlm settings enwik8-mini steps=300 > my.yaml   then: vqlm train --config my.yaml",
+    )  # fmt: skip
+    settings.add_argument("what", nargs="*", metavar="PRESET or key=value", help="default: mini")
+    settings.set_defaults(run=do.settings)
 
 
 def _add_completion(commands: Any) -> None:

@@ -417,6 +417,23 @@ def play(args: argparse.Namespace) -> dict[str, Any]:
     return told
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """``vqlm settings``: a preset's, with what they mean, as ``vqlm train --config`` reads them.
+
+    Raises:
+        ValueError: an unknown preset or setting.
+    """
+    from vqlm import presets
+    from vqlm.config import override_all
+    from vqlm.settings import as_yaml
+
+    name = presets.named(args.what) or "mini"
+    configs = override_all(setting_pairs(args.what), *presets.get(name))
+    print(as_yaml(name, *configs), end="")
+    model, train = (dataclasses.asdict(config) for config in configs)
+    return {"preset": name, "model": model, "train": train}
+
+
 def env(args: argparse.Namespace) -> dict[str, Any]:
     """``vqlm env``."""
     from vqlm.environment import environment

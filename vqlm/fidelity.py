@@ -23,12 +23,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vqlm.config import LMConfig, override
+from vqlm.config import LMConfig, override, require_known
 from vqlm.dictionary import Rules
 from vqlm.ovq import initial_state, ovq_attention
 
 SIZES = LMConfig(n_head=4, d_k=32, d_v=32, n_entry=256, chunk=128)
 """Default sizes: N, L, K and V; streams go side by side as heads."""
+
+READ = (
+    "n_head", "n_kv_head", "d_k", "d_v", "n_entry", "chunk", "growth", "growth_span", "founders",
+    "filing", "entry_rate", "entry_read",
+)  # fmt: skip
+"""Settings that what is measured depends on."""
 
 VARIANTS: dict[str, str] = {
     "default": "",
@@ -122,6 +128,8 @@ def table(
         pairs = [part.split("=", 1) for part in settings.split(",") if part]
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError(f"fidelity: {settings!r} is not key=value,key=value")
+        for pair in pairs:
+            require_known("setting of OVQ", pair[0], READ)
         config = override(sizes, dict(pairs))
         if config.d_v != config.d_k or config.kv_heads != config.n_head:
             raise ValueError(

@@ -303,6 +303,12 @@ def _alike(folder: Path, cell: dict[str, Any]) -> str:
     return json.dumps([cell[key] for key in ("task", "size", "steps")] + [made])
 
 
+def tasks() -> str:
+    """A line a task, as the head of recall.py has them; nothing where docstrings are left out."""
+    lines = (recall.__doc__ or "").splitlines()
+    return "\n".join(line[2:] for line in lines if line.startswith("    "))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ``run`` reads."""
     parser.add_argument("task", choices=[*recall.TASKS, "needle"], help="see below")

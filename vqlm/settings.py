@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +77,39 @@ def read_settings(path: Path) -> Settings:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return Settings(arguments, pairs)
+
+
+def as_yaml(preset: str, *configs: Any) -> str:
+    """Every setting of dataclasses ``configs`` that ``preset`` began as, each below what it means;
+    ``read_settings`` reads it."""
+    import yaml
+
+    parts = [
+        f"# For vqlm train --config FILE; null is what the comments call None.\npreset: {preset}\n"
+    ]
+    for config in configs:
+        told = _told(type(config))
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            value = list(value) if isinstance(value, tuple) else value
+            comment = textwrap.indent(told.get(field.name, ""), "# ", lambda line: True)
+            written = yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
+            # Unless it is said, it is the text's.
+            off = "# " if field.name == "vocab_size" and value == field.default else ""
+            parts.append(f"\n{comment}\n{off}{field.name}: {written}\n")
+    return "".join(parts)
+
+
+def _told(config: type) -> dict[str, str]:
+    """The docstring below each field, by its name."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    told = {}
+    for field, text in itertools.pairwise(tree.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(field.target, ast.Name) and isinstance(text.value, ast.Constant)
+            told[field.target.id] = inspect.cleandoc(str(text.value.value))
+    return told
 
 
 def _as_text(path: Path, name: str, value: Any) -> str:
