@@ -406,6 +406,8 @@ def test_token_ids_are_as_many_as_they_are() -> None:
     assert model.resize_token_embeddings(model.config.vocab_size) is model.lm.embedding
     with pytest.raises(ValueError, match=r"resize_token_embeddings\(270\)"):
         model.resize_token_embeddings(270)
+    with pytest.raises(ValueError, match=r"resize_token_embeddings\(320\)"):
+        model.resize_token_embeddings(None, pad_to_multiple_of=64)
     assert model.config.vocab_size == 259
 
 

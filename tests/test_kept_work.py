@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny import corpus, fit, trainer
 from vqlm import checkpoint, demo, presets
 from vqlm.checkpoint import complete_checkpoints, newest_checkpoint
 from vqlm.data import Corpus
-from vqlm.guard import alone_in
+from vqlm.guard import LOCK, alone_in
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_the_demo_makes_its_own_folder_anew(made_by_demo: Path) -> None:
     (made_by_demo / "report").mkdir()
     with pytest.raises(Begins):
         demo.run(made_by_demo)
-    assert not made_by_demo.exists() or not list(complete_checkpoints(made_by_demo))
+    assert not complete_checkpoints(made_by_demo)
 
 
 @pytest.mark.usefixtures("stopped")
@@ -64,6 +65,37 @@ def test_the_demo_makes_anew_what_was_stopped_before_a_checkpoint(tmp_path: Path
         demo.run(tmp_path)
     with pytest.raises(Begins):
         demo.run(tmp_path / "new")
+
+
+@pytest.mark.usefixtures("stopped")
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_demo_makes_anew_what_was_killed_in_a_save(made_by_demo: Path, saved: bool) -> None:
+    for name in (".best.partial", ".best.replaced", "checkpoints/.step-00000009.partial"):
+        (made_by_demo / name).mkdir()
+    (made_by_demo / ".config.json.partial").write_text("{")
+    if not saved:  # but looked at
+        for path in [*complete_checkpoints(made_by_demo), made_by_demo / "report"]:
+            shutil.rmtree(path, ignore_errors=True)
+        for name in checkpoint.MODEL_FILES:
+            (made_by_demo / name).unlink(missing_ok=True)
+        (made_by_demo / ".config.json.partial").unlink()
+    with pytest.raises(Begins):
+        demo.run(made_by_demo)
+    assert {path.name for path in made_by_demo.iterdir()} <= {LOCK}
+
+
+@pytest.mark.usefixtures("stopped")
+def test_the_demo_empties_the_current_folder_but_follows_no_link(
+    made_by_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(made_by_demo)
+    with pytest.raises(ValueError, match="is a file or a link"):
+        demo.run(tmp_path / "link")
+    assert newest_checkpoint(made_by_demo)
+    monkeypatch.chdir(made_by_demo)
+    with pytest.raises(Begins):
+        demo.run(Path())
+    assert not newest_checkpoint(made_by_demo)
 
 
 @pytest.mark.usefixtures("stopped")
@@ -84,6 +116,9 @@ def test_the_demo_leaves_alone_what_it_has_not_made(
     (model / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is not empty"):
         demo.run(model)
+    (tmp_path / "own/checkpoints/mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is not empty"):
+        demo.run(tmp_path / "own")
     with alone_in(made_by_demo), pytest.raises(ValueError, match="another training"):
         demo.run(made_by_demo)
     assert newest_checkpoint(made_by_demo) and newest_checkpoint(other)
@@ -106,8 +141,11 @@ def test_a_resumed_run_keeps_the_best_model_that_its_last_look_found(
     assert checkpoint.load_facts(run / "best")["step"] == 6
 
 
-def test_the_best_is_sought_anew_where_none_is_left(data: Corpus, run: Path) -> None:
-    (run / "best/trainer.json").write_text("{")
+@pytest.mark.parametrize("nats", ["", "NaN", "1" + 400 * "0", "-1"])
+def test_the_best_is_sought_anew_where_none_can_be_read(data: Corpus, run: Path, nats: str) -> None:
+    path = run / "best/trainer.json"
+    known = str(checkpoint.load_facts(run / "best")["progress"]["best_nats"])
+    path.write_text(path.read_text().replace(known, nats))
     again = trainer(data, run, steps=7)
     again.resume()
     assert again.progress.best_nats is None

@@ -31,7 +31,8 @@ ROWS = [
     {"evaluate", "sample", "checkpoint", "prepare", "convert", "optimizers", "official_files"},
     {"probe", "sessions"},
     {"runlog", "guard", "saver", "runs", "card", "hf_cache", "hf_tokenizer", "fidelity"},
-    {"charts", "patching", "watch", "resume"},
+    {"charts", "attention_layers", "watch", "resume"},
+    {"patching"},
     {"patched_files"},
     {"__init__"},
     {"processes", "scaling"},
@@ -62,6 +63,7 @@ ONLY_INTO = {
     "yaml": {"settings"},
     "lm_eval": {"harness"},
     "transformers": {
+        "attention_layers",
         "hf",
         "hf_cache",
         "hf_tokenizer",

@@ -99,6 +99,16 @@ def test_streaming_leaves_the_callers_modes_alone(lm: LM) -> None:
     weight[lm.generate(prompt, 2)].sum().backward()  # what comes back can be used in training
 
 
+def test_each_module_is_evaluated_and_then_as_it_was(lm: LM) -> None:
+    lm.layers[0].eval()
+    modes = [module.training for module in lm.modules()]
+    assert any(modes) and not all(modes)
+    seen = []
+    lm.norm.register_forward_hook(lambda *_: seen.append(any(m.training for m in lm.modules())))
+    lm.generate(torch.tensor([[1, 2]]), 2)
+    assert seen == [False, False] and [module.training for module in lm.modules()] == modes
+
+
 def test_two_streams_of_a_model_in_training_do_not_end_each_other_s_modes(lm: LM) -> None:
     """With dropout, tokens of the one that goes on would be others."""
     lm.config = dataclasses.replace(lm.config, dropout_embedding=0.5)

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vqlm.attention_layers import attention_calls
 from vqlm.data import load_corpus
 from vqlm.optimizers import schedule
 from vqlm.patched_files import copy_tokenizer, load_original, save_patched
-from vqlm.patching import PatchConfig, PatchedAttention, attention_calls, patch, patched_layers
+from vqlm.patching import PatchConfig, PatchedAttention, patch, patched_layers
 
 HELD_OUT_WINDOWS = 200
 """Windows of the validation split that losses are measured on."""
@@ -252,7 +253,7 @@ def run(
     """
     corpus = load_corpus(data)
     original, encode = load_original(model)
-    most = getattr(original.config, "max_position_embeddings", None)
+    most = getattr(original.config, "n_positions", None)  # of models that learn positions
     if most is not None and config.seq_len > most:
         raise ValueError(f"seq_len={config.seq_len}, but {model} reads {most} tokens at most")
     train, validation = (encode(split.text()) for split in (corpus.train, corpus.validation))

@@ -402,6 +402,7 @@ def _publish(checkpoint: Path, run: Path) -> None:
     for name in MODEL_FILES:
         if (checkpoint / name).exists():
             durable.publish(checkpoint / name, run / name)
+    durable.sync(run)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

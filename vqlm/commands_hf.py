@@ -87,7 +87,7 @@ def _read_on(args: argparse.Namespace) -> Prefix:
     if args.out.resolve() == text.resolve():
         raise ValueError(f"{args.out} is the text itself; give another --out")
     require_place(args.out)
-    if not extends and args.out.exists():
+    if args.out.exists() and not (extends and args.out.resolve() == args.path.resolve()):
         raise ValueError(
             f"{args.out} is there already; give another --out, remove it, or go on with it: "
             "vqlm state extend"

@@ -20,9 +20,9 @@ from vqlm.sample import stream_text
 from vqlm.train import Trainer
 
 PROMPT = b"def "
-LOGS = frozenset(["events", "heartbeat.json", "metrics.jsonl", LOCK])
+UNSAVED = frozenset(["best", "checkpoints", "events", "heartbeat.json", "metrics.jsonl", LOCK])
 """What is in a run folder before its first checkpoint."""
-RUN_FILES = LOGS | {*MODEL_FILES, "best", "checkpoints", "report"}
+RUN_FILES = UNSAVED | {*MODEL_FILES, "report"}
 """What vqlm itself puts into a run folder."""
 
 
@@ -37,7 +37,7 @@ def run(out: Path) -> dict[str, float]:
     corpus = load_corpus(None)
     if out.exists():
         with alone_in(out):
-            shutil.rmtree(out)
+            _empty(out)
     print(f"Text: {corpus.name}, {corpus.train.n_bytes:,} bytes to learn from.")
     trainer = Trainer(model_config, train_config, corpus, None, out)
     n_parameter = sum(p.numel() for p in trainer.bare_model.parameters())
@@ -79,12 +79,34 @@ def require_of_demo(out: Path, config: TrainConfig) -> None:
     Raises:
         ValueError: it holds anything else, such as a run with other settings than ``config``.
     """
-    newest = newest_checkpoint(out)
-    known = LOGS if newest is None else RUN_FILES
-    if out.is_dir() and any(path.name not in known for path in out.iterdir()):
+    if out.is_symlink() or not out.is_dir():
         refuse_occupied(out)
+        return
+    newest = newest_checkpoint(out)
+    known = UNSAVED if newest is None else RUN_FILES
+    if any(_of_save(path.name) not in known for path in out.iterdir()):
+        refuse_occupied(out)
+    if any(not path.name.startswith(".step-") for path in out.glob("checkpoints/*") if not newest):
+        refuse_occupied(out)
+    if newest is None and (out / "best").exists():  # looked at before the first checkpoint
+        newest = out / "best"
     trained = json.dumps(dataclasses.asdict(config))
     if newest is not None and load_facts(newest)["train"] != json.loads(trained):
         raise ValueError(f"{out} holds a run that is no demo's; choose another --out, or remove it")
-    if not out.is_dir():
-        refuse_occupied(out)
+
+
+def _of_save(name: str) -> str:
+    """What a file or folder was to become that a save was killed at."""
+    whole = name.removesuffix(".partial").removesuffix(".replaced")
+    return name if whole == name else whole.removeprefix(".")
+
+
+def _empty(folder: Path) -> None:
+    """Removes what is in it, and not itself: it may be the current folder, or a disk's own."""
+    for path in folder.iterdir():
+        if path.name == LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

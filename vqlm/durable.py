@@ -21,12 +21,12 @@ def replacing(final: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        _sync(partial)
+        sync(partial)
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
-        _sync(final.parent)
+        sync(final.parent)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -40,8 +40,9 @@ def write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until a folder's names, or a file, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -63,5 +64,6 @@ def publish(source: Path, target: Path) -> None:
             linked = True
     if not linked:
         shutil.copyfile(source, partial)
+        sync(partial)
     os.replace(partial, target)
     partial.unlink(missing_ok=True)  # renaming one of two links to a file does nothing

@@ -126,16 +126,18 @@ class VqlmForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm.embedding = value
 
     def resize_token_embeddings(  # type: ignore[override]
-        self, new_num_tokens: int | None = None, *arguments: Any, **settings: Any
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **_: Any
     ) -> torch.nn.Module:
         """The embedding, if its size stays; what a token id stands for is part of vqlm's model.
 
         Raises:
             ValueError: another number of token ids.
         """
-        if new_num_tokens not in (None, self.config.vocab_size):
+        wanted = new_num_tokens or self.config.vocab_size
+        wanted += -wanted % (pad_to_multiple_of or 1)
+        if wanted != self.config.vocab_size:
             raise ValueError(
-                f"resize_token_embeddings({new_num_tokens}): a vqlm model keeps its "
+                f"resize_token_embeddings({wanted}): a vqlm model keeps its "
                 f"{self.config.vocab_size} token ids; make a new one with another vocab_size"
             )
         return self.lm.embedding

@@ -50,15 +50,15 @@ class Kept(Generic[Made]):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it, the model is in evaluation mode; then as it was."""
-    if not model.training:
-        yield
-        return
-    model.eval()
+    """Within it, all of the model is in evaluation mode; then each module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        model.train()
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager

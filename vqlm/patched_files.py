@@ -13,8 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from vqlm.attention_layers import attention_modules
 from vqlm.config import from_dict
-from vqlm.patching import PatchConfig, attention_modules, patch, patched_layers
+from vqlm.patching import PatchConfig, patch, patched_layers
 from vqlm.vocabulary import BYTES
 
 PATCH_FILE, CODEBOOK_FILE = "vqlm_patch.json", "vqlm_codebooks.safetensors"

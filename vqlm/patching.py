@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache
 
+from vqlm.attention_layers import N_TRIED, attention_modules, require_same
 from vqlm.codebook import Codebook, CodeStats
 from vqlm.config import require_known
 from vqlm.dictionary import GROWTH
@@ -38,9 +39,6 @@ from vqlm.patch_attention import DictionaryState, dictionary_attention, empty_st
 from vqlm.segments import Segments
 
 PATCH_MIXERS = ("ovq", "vq", "window")
-
-N_TRIED = 24
-"""Tokens on which ``patch`` compares a patched layer with the original."""
 
 
 @dataclass(frozen=True)
@@ -183,25 +181,21 @@ class PatchedAttention(nn.Module):
                 unpatched model has filled.
         """
         n_token = hidden_states.shape[1]
-        layer = None if cache is None else _layer_of(cache, self.layer_idx)
-        n_seen = 0 if layer is None else layer.n_token
+        n_seen = 0 if cache is None else _n_seen(cache, self.layer_idx)
         segments = Segments.of(real_tokens(attention_mask, n_token, n_seen))
         heads = self.heads(hidden_states, position_embeddings)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            out = self._attend(heads, segments, layer, n_token)
+            out = self._attend(heads, segments, cache, n_token)
         joined = rearrange(out, "b h t v -> b t (h v)").to(hidden_states.dtype)
         projected = getattr(self, FAMILIES[self.family].output)(joined)
         return getattr(self, "resid_dropout", nn.Identity())(projected), None
 
     def _attend(
-        self,
-        heads: _Heads,
-        segments: Segments,
-        layer: StateLayer[DictionaryState] | None,
-        n_token: int,
+        self, heads: _Heads, segments: Segments, cache: Cache | None, n_token: int
     ) -> Float[Tensor, "B H T V"]:
         config = self.config_of_patch
         query, key, value = (_packed(x, segments) for x in heads)
+        layer = None if cache is None else _layer_of(cache, self.layer_idx)
         state = None if layer is None else layer.state
         if state is None:
             n_entry = 0 if config.mixer == "window" else config.n_entry
@@ -266,6 +260,19 @@ def real_tokens(mask: Any, n_token: int, n_seen: int = 0) -> Bool[Tensor, "B T"]
     return None if bool(real.all()) else real
 
 
+def _n_seen(cache: Cache, index: int) -> int:
+    """Columns that the state in ``cache`` has read; 0 if it has none yet."""
+    found: Any = cache.layers[index] if index < len(cache.layers) else None
+    if isinstance(found, StateLayer):
+        return found.n_token
+    if found is not None and found.get_seq_length():
+        raise ValueError(
+            f"layer {index} of the cache was filled by an unpatched model; start from an empty "
+            "cache"
+        )
+    return 0
+
+
 def _layer_of(cache: Cache, index: int) -> StateLayer[DictionaryState]:
     """The state's place in ``cache``, in place of the keys that the unpatched layer would keep."""
     found: Any = cache.layers[index] if index < len(cache.layers) else None
@@ -273,11 +280,6 @@ def _layer_of(cache: Cache, index: int) -> StateLayer[DictionaryState]:
         return found
     made: StateLayer[DictionaryState] = StateLayer()
     if found is not None:
-        if found.get_seq_length():
-            raise ValueError(
-                f"layer {index} of the cache was filled by an unpatched model; start from an empty "
-                "cache"
-            )
         cache.layers[index] = made
     elif index == len(cache.layers):
         cache.layers.append(made)
@@ -325,26 +327,6 @@ def _n_groups(module: nn.Module, head_dim: int) -> int:
     return int(facts.num_heads)
 
 
-def attention_modules(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(parent, attribute name) of each layer's attention, patched or not, in order.
-
-    Raises:
-        ValueError: no layers that look like those of Llama, Qwen or GPT-2.
-    """
-    found = [
-        (module, name)
-        for module in model.modules()
-        for name, part in module.named_children()
-        if name in ("self_attn", "attn") and hasattr(part, "layer_idx")
-    ]
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no attention layers that patch knows: it looks for "
-            "'self_attn' or 'attn' with a layer_idx, as in Llama, Qwen and GPT-2"
-        )
-    return found
-
-
 def patch(
     model: nn.Module,
     mixer: str = "ovq",
@@ -376,72 +358,12 @@ def patch(
         if isinstance(original, PatchedAttention):
             raise ValueError("a layer is patched already; patch a fresh copy of the model")
         made.append(PatchedAttention(original, config).train(original.training))
-    _require_same(model, [getattr(parent, name) for parent, name in places])
+    exact = PatchConfig(mixer="window", window=N_TRIED, chunk=N_TRIED)
+    originals = [getattr(parent, name) for parent, name in places]
+    require_same(model, originals, lambda layer: PatchedAttention(layer, exact))
     for (parent, name), patched in zip(places, made, strict=True):
         setattr(parent, name, patched)
     return model
-
-
-@torch.no_grad()
-def attention_calls(
-    model: nn.Module, tokens: Int[Tensor, "B T"]
-) -> dict[int, tuple[dict[str, Any], Tensor]]:
-    """What each attention layer of ``model`` is called with for ``tokens``, by name, and its
-    output [B, T, D]; by ``layer_idx``."""
-    calls: dict[int, tuple[dict[str, Any], Tensor]] = {}
-
-    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        kept = {name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")}
-        hidden = args[0] if args else kwargs["hidden_states"]
-        calls[module.layer_idx] = ({"hidden_states": hidden, **kept}, output[0])
-
-    hooks = [
-        getattr(parent, name).register_forward_hook(note, with_kwargs=True)
-        for parent, name in attention_modules(model)
-    ]
-    try:
-        model(input_ids=tokens, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-@torch.no_grad()
-def _require_same(model: Any, layers: list[Any]) -> None:
-    """Nothing, if ``layers`` give what they gave once they are patched and see every token.
-
-    A family that is called like one that is known may do something else with its projections.
-
-    Raises:
-        ValueError: they don't.
-    """
-    weight = next(model.parameters())
-    if weight.is_meta:
-        return
-    training = {module: module.training for module in model.modules()}
-    n_token = min(N_TRIED, getattr(model.config, "max_position_embeddings", None) or N_TRIED)
-    n_id = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.arange(1, 1 + n_token, device=weight.device)[None] % n_id
-    exact = PatchConfig(mixer="window", window=n_token, chunk=n_token)
-    calls = attention_calls(model.eval(), tokens)
-    for module, was_training in training.items():
-        module.training = was_training
-    for layer in layers:
-        arguments, wanted = calls[layer.layer_idx]
-        try:
-            got = PatchedAttention(layer, exact).eval()(**arguments)[0]
-        except (RuntimeError, TypeError, ValueError) as error:
-            why = f"fails when it is patched ({' '.join(str(error).split())})"
-        else:
-            slack = torch.finfo(wanted.dtype).eps ** 0.5 * wanted.norm()
-            if (got - wanted).norm() <= slack:
-                continue
-            why = f"gives other outputs when it is patched (by {(got - wanted).norm():.2g})"
-        raise ValueError(
-            f"layer {layer.layer_idx}, a {type(layer).__name__}, {why}: it does more than patch "
-            "knows of Llama-, Qwen- and GPT-2-style attention. Leave it out of layers"
-        )
 
 
 def patched_layers(model: nn.Module) -> list[PatchedAttention]:

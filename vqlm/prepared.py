@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import UInt16
 from numpy.typing import NDArray
 
+from vqlm import durable
 from vqlm.data import Corpus, Split, load_corpus
 from vqlm.untrusted import read_json
 from vqlm.vocabulary import END, MODEL_FILE, Vocabulary, load_vocabulary
@@ -363,7 +364,7 @@ class PreparedWriter:
         self.vocabulary.save(self._partial)
         if (model := self._partial / MODEL_FILE).exists():
             files[MODEL_FILE] = {"size": model.stat().st_size, "sha256": sha256_of(model)}
-            _sync(model)
+            durable.sync(model)
         manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": self.name}
         manifest["kind"] = "image" if self.picture_shape else "text"
         manifest["picture_shape"] = list(self.picture_shape) if self.picture_shape else None
@@ -374,10 +375,10 @@ class PreparedWriter:
         self._outputs[MANIFEST] = output
         output.write(json.dumps(manifest, indent=1).encode() + b"\n")
         output.finish()
-        _sync(self._partial)
+        durable.sync(self._partial)
         os.rename(self._partial, self.folder)  # also onto an empty folder, never onto a full one
         (self.folder / "lock").unlink()  # not before: another process could begin in between
-        _sync(self.folder.parent)
+        durable.sync(self.folder.parent)
         return manifest
 
 
@@ -408,11 +409,3 @@ def _lock_or_refuse(file: IO[bytes], partial: Path) -> None:
 
 def _offset(value: int) -> bytes:
     return value.to_bytes(8, "little")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,10 @@ def read_progress(info: dict[str, Any], best: Path) -> Progress:
 def _best_nats(best: Path) -> float | None:
     """Those of the model in ``best``; None if there is none that can be read."""
     try:
-        return float(load_facts(best)["progress"]["best_nats"])
-    except (OSError, KeyError, TypeError, ValueError):
+        nats = float(load_facts(best)["progress"]["best_nats"])
+    except (OSError, KeyError, TypeError, ValueError, OverflowError):
         return None
+    return nats if 0 <= nats < math.inf else None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -385,13 +385,12 @@ class Trainer:
         newest = self.processes.on_main(lambda: checkpoint.newest_checkpoint(self.out))
         if policy != "roll_back" or newest is None:
             raise error
-        bad, best, cursor = self.progress.step, self.progress.best_nats, self.lanes.state_dict()
+        bad, cursor = self.progress.step, self.lanes.state_dict()
         self.resume(log.note)
         if not self.judge.may_roll_back(self.progress.step):
             raise error
         self.lanes.load_state_dict(cursor)
         self.progress.skipped = cursor["cursor"] - self.progress.step
-        self.progress.best_nats = best
         self.states = [None] * self.config.accumulate
         self.newest_look = None
         log.forget()
