@@ -229,8 +229,7 @@ def test_cells_of_other_commands_stand_in_the_table_if_they_are_alike(
         "softmax": ["1 3"], "ovq": ["0.5 1"], "window": ["1 0"],
     }  # fmt: skip
     varied = ask("basic", "--mixers", "ovq", "--vary", "growth=eager,linear")
-    assert varied["ovq"] == ["growth=eager 0.25 0", "growth=linear 0.25 0", "growth=linear 0.5 1"]
-    assert varied["window"] == ["growth=linear 1 0"]
+    assert varied == {"ovq": ["growth=eager 0.25 0", "growth=linear 0.25 0"]}
     assert list(ask("basic", "--mixers", "mamba2")) == ["mamba2", "ovq", "softmax", "window"]
     for name, made in (("run", None), ("contest", {"model": {}, "train": {}})):
         (tmp_path / name).mkdir()

@@ -281,11 +281,12 @@ def run_cell(cell: Cell, draw: recall.Draw, out: Path, report: Any = None) -> di
     return result
 
 
-def gathered(out: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Results of all cells in ``out`` that differ from one of ``cells`` in mixers, share and seed
-    alone, those of ``cells`` first, by whichever commands they were made."""
+def gathered(out: Path, cells: Sequence[Cell], with_others: bool = True) -> list[dict[str, Any]]:
+    """Results of ``cells``, and ``with_others`` of all in ``out`` that differ from one of them in
+    mixers, share and seed alone, by whichever commands they were made."""
     settings = {_alike(out / cell.name, dataclasses.asdict(cell)): cell.settings for cell in cells}
-    others = {path.parent.name for path in out.glob("*/result.json")} - {c.name for c in cells}
+    others = {path.parent.name for path in out.glob("*/result.json") if with_others}
+    others -= {cell.name for cell in cells}
     found = []
     for name in [*dict.fromkeys(cell.name for cell in cells), *sorted(others)]:
         result = json.loads((out / name / "result.json").read_bytes())
@@ -374,7 +375,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ablate.claim(args.out / cell.name, cell.made_with(n_context))
     for cell in cells:
         run_cell(cell, draw, args.out, lambda text: print(text, flush=True))
-    results = gathered(args.out, cells)
+    # What is varied is a rule of dictionaries; other mixers would stand beside it unvaried.
+    results = gathered(args.out, cells, with_others=not args.vary)
     print(recall_table.table(results))
     study = "-".join([args.task, *([name] if args.vary else [])])
     found = {"task": args.task, "out": str(args.out), "results": results}
