@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vqlm.attention_layers import attention_calls
 from vqlm.data import load_corpus
+from vqlm.kept import evaluating
 from vqlm.optimizers import schedule
 from vqlm.patched_files import copy_tokenizer, load_original, save_patched
 from vqlm.patching import PatchConfig, PatchedAttention, patch, patched_layers
@@ -209,13 +210,11 @@ def text_windows(tokens: Int[Tensor, " n"], config: AdaptConfig) -> Windows:
 @torch.no_grad()
 def nats_per_token(model: nn.Module, windows: Int[Tensor, "W T"], batch_size: int = 16) -> float:
     """Mean cross-entropy over the windows, each read from its start; its last token is no input."""
-    was_training = model.training
-    model.eval()
     total = 0.0
-    for part in windows.split(batch_size):
-        logits = model(input_ids=part[:, :-1], use_cache=False).logits.flatten(0, 1).float()
-        total += F.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
-    model.train(was_training)
+    with evaluating(model):
+        for part in windows.split(batch_size):
+            logits = model(input_ids=part[:, :-1], use_cache=False).logits.flatten(0, 1).float()
+            total += F.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
     return total / windows[:, 1:].numel()
 
 

@@ -21,13 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vqlm import durable, sealed
 from vqlm.config import LMConfig, from_dict
 from vqlm.data import Corpus
 from vqlm.model import LM
+from vqlm.sizes import Impossible, outline
 from vqlm.untrusted import (
     read_json,
     require_memory,
@@ -204,14 +204,11 @@ def require_fits(config: LMConfig, path: Path) -> None:
     if config.n_layer > n_tensor:
         raise ValueError(f"{path} has {n_tensor} tensors, the config wants {config.n_layer} layers")
     try:
-        with torch.device("meta"):
-            model = LM(config)
-            buffers = sum(x.numel() * x.element_size() for x in model.buffers())
-            state_bytes = model.init_state(1).bytes()
-    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
-        why = str(error).split("\n")[0]
-        raise ValueError(f"{path}: no model can have this config's sizes: {why}") from error
+        model, state_bytes = outline(config)
+    except Impossible as error:
+        raise ValueError(f"{path}: no model can have this config's sizes: {error}") from error
     _require_shapes(model, path, files)
+    buffers = sum(x.nbytes for x in model.buffers())
     require_memory(buffers + state_bytes, f"{path.parent}: the state of one text")
 
 

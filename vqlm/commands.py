@@ -61,20 +61,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 def _require_room(config: LMConfig) -> None:
     """Raises ValueError if this machine could not hold such a model; makes none of its numbers."""
-    import torch
-
-    from vqlm.model import LM
+    from vqlm.sizes import Impossible, outline
     from vqlm.untrusted import machine_bytes
 
     # Two models, of one and two times the pattern of mixers, tell the size of any depth.
     n_layer, sizes = len(config.mixers), []
     try:
         for n in (n_layer, 2 * n_layer):
-            with torch.device("meta"):
-                lm = LM(dataclasses.replace(config, n_layer=n))
-                state = lm.init_state(1).bytes()
-            sizes.append(state + sum(x.nbytes for x in lm.state_dict().values()))
-    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+            lm, state_bytes = outline(dataclasses.replace(config, n_layer=n))
+            sizes.append(state_bytes + sum(x.nbytes for x in lm.state_dict().values()))
+    except Impossible as error:
         raise ValueError(
             "no machine could hold a model of these sizes; choose smaller ones (d_model, n_code, "
             "n_entry, window, ...)"

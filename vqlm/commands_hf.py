@@ -137,7 +137,8 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     model.save_pretrained(args.out, max_shard_size=args.shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(args.out)
-    save_medium(load_medium(args.run_folder), args.out)  # of pictures there is no tokenizer
+    else:  # which would have said what the tokens stand for
+        save_medium(load_medium(args.run_folder), args.out)
     print(f"{args.out} is ready: AutoModelForCausalLM.from_pretrained({str(args.out)!r})")
     return {"out": str(args.out)}
 

@@ -82,14 +82,15 @@ def require_of_demo(out: Path, config: TrainConfig) -> None:
     if out.is_symlink() or not out.is_dir():
         refuse_occupied(out)
         return
-    newest = newest_checkpoint(out)
-    known = UNSAVED if newest is None else RUN_FILES
+    newest, known = newest_checkpoint(out), RUN_FILES
+    if newest is None:
+        known = UNSAVED
+        if any(not path.name.startswith(".step-") for path in out.glob("checkpoints/*")):
+            refuse_occupied(out)
+        if (out / "best").exists():  # looked at before the first checkpoint
+            newest = out / "best"
     if any(_of_save(path.name) not in known for path in out.iterdir()):
         refuse_occupied(out)
-    if any(not path.name.startswith(".step-") for path in out.glob("checkpoints/*") if not newest):
-        refuse_occupied(out)
-    if newest is None and (out / "best").exists():  # looked at before the first checkpoint
-        newest = out / "best"
     trained = json.dumps(dataclasses.asdict(config))
     if newest is not None and load_facts(newest)["train"] != json.loads(trained):
         raise ValueError(f"{out} holds a run that is no demo's; choose another --out, or remove it")

@@ -265,10 +265,10 @@ def merge(
 
     Of all of them, entries first, those whose merger with an earlier one costs least are merged
     with it, as many as must be for ``n_used + n_new`` to remain, the first of equals (``STEP``).
-    The cost is Ward's (1963), by
-    which the sum of squared distances to the means grows: |m - m'|^2 c c' / (c + c').  Whoever
-    merges with one that merges goes where that goes.  Entries keep their order, without gaps;
-    what is unused stays where it is.  ``mean``, ``count``: as ``mean`` of ``assign``.
+    The cost is Ward's (1963), by which the sum of squared distances to the means grows:
+    |m - m'|^2 c c' / (c + c').  Whoever merges with one that merges goes where that goes.  Entries
+    keep their order, without gaps; what is unused stays where it is.  ``mean``, ``count``: as
+    ``mean`` of ``assign``.
     """
     n_old, chunk = mean.shape[2], key.shape[2]
     m = torch.cat([mean, key], 2)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqlm.codebook import CodeStats, merge_layers
 from vqlm.data import PAD, Batch, Split, evaluation_batches
+from vqlm.kept import evaluating
 from vqlm.model import LM, LMState
 
 
@@ -95,9 +96,7 @@ def evaluate(
     state: LMState | None = None
     books: tuple[CodeStats | None, ...] = ()
     batches = evaluation_batches(split, batch_size, seq_len, max_bytes, context_len)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             batch = _rows(batch, share, split).to(device)
             # A single document has no padding, and then there is nothing to pack.
@@ -113,8 +112,6 @@ def evaluate(
             n_bytes += batch.n_bytes
             seen = tuple(s._replace(sample=s.sample[:, :0]) if s else None for s in out.stats())
             books = merge_layers(books, seen) if books else seen
-    finally:
-        model.train(was_training)
     numbers = torch.tensor([nats, n_tokens, n_bytes], dtype=torch.float64)
     sums = [x.cpu() for book in books if book is not None for x in book[:-1]]
     numbers, *sums = total([numbers, *sums])

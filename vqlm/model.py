@@ -365,12 +365,10 @@ class LM(nn.Module):
             for mixer in mixers
             if isinstance(mixer, VQAttention)
         ]
-        was_training = self.training
-        self.eval()  # dropout would make the codes depend on more than the seed
         try:
-            self(tokens, with_stats=False, **context)
+            with evaluating(self):  # dropout would make the codes depend on more than the seed
+                self(tokens, with_stats=False, **context)
         finally:
-            self.train(was_training)
             for hook in hooks:
                 hook.remove()
 

@@ -118,7 +118,7 @@ def ovq_attention(
     if not layout.chunks or not query.shape[2]:  # nothing but padding, or nothing
         return value.new_zeros(*query.shape[:3], value.shape[3]), state
     keys, values = layout.keys(key, state.key), layout.keys(value, state.value)
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):  # scores and assignments stay as exact
         out, key_sum, value_sum, count = ovq_function(
             layout.queries(query), keys, values, beta, state.key_sum, state.value_sum,
             state.key_count, Call(layout.chunks, rules, key.shape[1]),
@@ -169,8 +169,9 @@ class OVQAttention(nn.Module):
     ) -> tuple[Float[Tensor, "B H T V"], OVQState]:  # fmt: skip
         """``ovq_attention`` of what ``project`` gives, its keys and queries scaled to length 1."""
         dtype = state.key_sum.dtype
-        query, key = (F.normalize(x.to(dtype), dim=-1) for x in projected[:2])
-        beta = self.beta(dtype)
+        with torch.autocast(projected.key.device.type, enabled=False):
+            query, key = (F.normalize(x.to(dtype), dim=-1) for x in projected[:2])
+            beta = self.beta(dtype)
         return ovq_attention(query, key, projected.value, beta, state, segments, self.rules)
 
     def forward(
@@ -189,12 +190,10 @@ class OVQAttention(nn.Module):
         """
         state = self.init_state(x.shape[0]) if state is None else state
         projected, cut = self.project(x, before), segments.cut
-        # Scores, dictionary and assignments stay in float32 under autocast.
-        with torch.autocast(x.device.type, enabled=False):
-            if cut is not None:
-                state = OVQState(*cut.take(state, projected.value))
-            heads, state = self.read(projected, state, segments)
-            if cut is not None:
-                heads = cut.hand_on(heads, state)
+        if cut is not None:
+            state = OVQState(*cut.take(state, projected.value))
+        heads, state = self.read(projected, state, segments)
+        if cut is not None:
+            heads = cut.hand_on(heads, state)
         y = gated_output(self.output, heads.to(x.dtype), projected.gate, self.config.output_gate)
         return y, state, None

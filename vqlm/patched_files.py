@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vqlm.attention_layers import attention_modules
 from vqlm.config import from_dict
-from vqlm.patching import PatchConfig, patch, patched_layers
+from vqlm.patching import PatchConfig, PatchedAttention, patch, patched_layers
 from vqlm.vocabulary import BYTES
 
 PATCH_FILE, CODEBOOK_FILE = "vqlm_patch.json", "vqlm_codebooks.safetensors"
@@ -38,10 +38,9 @@ def save_patched(model: PreTrainedModel, folder: str | Path) -> None:
     books = {name: tensors.pop(name) for name in list(tensors) if _CODEBOOK in name}
     path = Path(folder)
     model.save_pretrained(path, state_dict=tensors)
-    places = [getattr(parent, name) in layers for parent, name in attention_modules(model)]
-    facts = dataclasses.asdict(configs.pop()) | {
-        "layers": [i for i, is_ours in enumerate(places) if is_ours]
-    }
+    modules = [getattr(parent, name) for parent, name in attention_modules(model)]
+    places = [i for i, module in enumerate(modules) if isinstance(module, PatchedAttention)]
+    facts = dataclasses.asdict(configs.pop()) | {"layers": places}
     (path / PATCH_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if books:
         safetensors.torch.save_file(books, path / CODEBOOK_FILE)

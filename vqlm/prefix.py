@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqlm import sealed
+from vqlm.kept import evaluating
 from vqlm.model import LM, LMState
 from vqlm.untrusted import shapes_in
 
@@ -131,14 +132,10 @@ class Prefix(NamedTuple):
 
 @torch.no_grad()
 def _after(model: LM, state: LMState, tokens: Int[Tensor, "B T"], n_token: int) -> Prefix:
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for part in tokens[:, :-1].split(_CALL, 1):
             if part.shape[1]:
                 state = model(part, state).state
-    finally:
-        model.train(was_training)
     return Prefix(state, tokens[:, -1], n_token)
 
 

@@ -24,6 +24,7 @@ from vqlm import ovq, softmax, vq
 from vqlm.data import Split
 from vqlm.flops import RECURRENT
 from vqlm.fused import at_least_float32
+from vqlm.kept import evaluating
 from vqlm.layers import Before
 from vqlm.model import LM, Layer, LMState
 from vqlm.vocabulary import END
@@ -110,8 +111,7 @@ def _ovq_weights(mixer: ovq.OVQAttention, x: Tensor, before: Before | None) -> T
     projected = mixer.project(x, before)
     value = repeat(torch.eye(n_token).to(x), "t v -> 1 g t v", g=config.kv_heads)
     empty = ovq.initial_state(config, 1, value)
-    with torch.autocast(x.device.type, enabled=False):
-        return mixer.read(projected._replace(value=value), empty)[0][0]
+    return mixer.read(projected._replace(value=value), empty)[0][0]
 
 
 @torch.no_grad()
@@ -156,12 +156,10 @@ def _inputs_of_mixers(model: LM, tokens: Tensor) -> list[tuple[Tensor, Before | 
         inputs.append((given[0], next((x for x in given if isinstance(x, Before)), None)))
 
     hooks = [mixer.register_forward_pre_hook(note) for mixer in _mixers(model)]
-    was_training = model.training
-    model.eval()  # dropout would show another model
     try:
-        model(tokens, with_stats=False)
+        with evaluating(model):  # dropout would show another model
+            model(tokens, with_stats=False)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return inputs
@@ -217,17 +215,13 @@ def bits_by_token(
     targets = torch.from_numpy(text).to(device)
     inputs = torch.cat([torch.full_like(targets[:, :1], END), targets[:, :-1]], 1)
     state, nats = None, []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for part, wanted in zip(inputs.split(seq_len, 1), targets.split(seq_len, 1), strict=True):
             out = model(part, state, with_stats=False)
             state = out.state
             logits = at_least_float32(out.logits)
             each = F.cross_entropy(logits.mT, wanted, reduction="none")
             nats.append(each.cpu())
-    finally:
-        model.train(was_training)
     assert state is not None
     return torch.cat(nats, 1).double().numpy() / math.log(2), state
 
@@ -240,15 +234,11 @@ def memory_growth(model: LM, tokens: Int[Tensor, "1 T"], seq_len: int = 64) -> l
     """
     state, shares = None, []
     n_token: list[int] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for part in tokens.split(seq_len, 1):
             state = model(part, state, with_stats=False).state
             shares.append([_share_in_use(layer) for layer in state.layers])
             n_token.append((n_token[-1] if n_token else 0) + part.shape[1])
-    finally:
-        model.train(was_training)
     grown: list[Growth | None] = []
     for layer in range(model.config.n_layer):
         mixer, own = model.config.mixer_of(layer), [row[layer] for row in shares]

@@ -326,12 +326,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train with each of these: founders, growth, entry_rate, filing, entry_read, ...",
     )  # fmt: skip
     parser.add_argument(
-        "--shares",
-        type=timing.fractions,
-        default=[0.25],
-        metavar="X,Y,...",
+        "--shares", type=timing.fractions, default=[0.25], metavar="X,Y,...",
         help="entries N of ovq as a share of the tokens of a context (default: 0.25)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--seeds", type=timing.numbers, default=[0], metavar="0,1,...", help="default: 0"
     )

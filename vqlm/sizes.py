@@ -13,6 +13,24 @@ WIDTH_STEP = 8
 """Widths of SwiGLUs are multiples of this."""
 
 
+class Impossible(ValueError):
+    """Sizes that no model can have."""
+
+
+def outline(config: LMConfig) -> tuple[LM, int]:
+    """A model on the meta device, which has no numbers, and the bytes of one row's state.
+
+    Raises:
+        Impossible: no model can have such sizes.
+    """
+    try:
+        with torch.device("meta"):
+            lm = LM(config)
+            return lm, lm.init_state(1).bytes()
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        raise Impossible(str(error).split("\n")[0]) from error
+
+
 def n_learned(config: LMConfig) -> int:
     """Learned numbers of a model: parameters and codebooks."""
     with torch.device("meta"):
